@@ -1,0 +1,195 @@
+"""What the event log says, folded: the trials of an experiment and the rows projected from them.
+
+The driver applies each event as it appends it; reading a log applies the same events. One fold serves both,
+so a live folder and a rebuilt one cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from results.events import (
+    CheckpointRemoved,
+    Decided,
+    EnsembleMade,
+    EpochReported,
+    Event,
+    ExperimentResumed,
+    ExperimentStarted,
+    ExperimentStopped,
+    TrialEnded,
+    TrialRetried,
+    TrialStarted,
+)
+from results.schema import (
+    SCHEMA_VERSION,
+    EpochRecord,
+    EpochResult,
+    Scalar,
+    TrialRecord,
+    UsageError,
+    instant,
+)
+
+
+@dataclass
+class TrialHistory:
+    """One trial so far."""
+
+    started: TrialStarted
+    epochs: list[EpochReported] = field(default_factory=list)
+    decisions: dict[int, Decided] = field(default_factory=dict)
+    retries: int = 0
+    ended: TrialEnded | None = None
+    checkpoint_removed: bool = False
+
+    @property
+    def trial_id(self) -> str:
+        """`t00042`, the Optuna number in five digits."""
+        return self.started.trial_id
+
+    @property
+    def last_epoch(self) -> int:
+        """The newest epoch in the log, 0 before the first."""
+        return self.epochs[-1].result.epoch if self.epochs else 0
+
+    @property
+    def best(self) -> EpochResult | None:
+        """The epoch behind the trial's weights and predictions; None before the first finite one."""
+        finite = [e.result for e in self.epochs if not e.result.diverged]
+        if not finite:
+            return None
+        best_epoch = finite[-1].best_epoch
+        return next(result for result in finite if result.epoch == best_epoch)
+
+
+@dataclass
+class History:
+    """An experiment so far."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    state: str = "running"
+    trials: dict[str, TrialHistory] = field(default_factory=dict)
+    ensembles: list[EnsembleMade] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, events: Iterable[Event]) -> History:
+        """The fold of a whole log."""
+        history = cls()
+        for event in events:
+            history.apply(event)
+        return history
+
+    def apply(self, event: Event) -> None:
+        """Take one more event into account. Raises UsageError when a log contradicts itself."""
+        match event:
+            case ExperimentStarted(info=info):
+                self.info = dict(info)
+            case ExperimentResumed(changes=changes):
+                self.info.update(changes)
+                self.state = "running"
+            case ExperimentStopped(state=state):
+                self.state = state
+            case TrialStarted(trial_id=trial_id):
+                self.trials[trial_id] = TrialHistory(event)
+            case EnsembleMade():
+                self.ensembles.append(event)
+            case EpochReported(trial_id=trial_id, result=result):
+                trial = self.trials[trial_id]
+                if result.epoch != trial.last_epoch + 1:
+                    raise UsageError(
+                        f"the event log has epoch {result.epoch} of {trial_id} after epoch {trial.last_epoch}; "
+                        f"restore events/ from a copy"
+                    )
+                trial.epochs.append(event)
+            case Decided(trial_id=trial_id, epoch=epoch):
+                self.trials[trial_id].decisions[epoch] = event
+            case TrialRetried(trial_id=trial_id):
+                self.trials[trial_id].retries += 1
+            case TrialEnded(trial_id=trial_id):
+                self.trials[trial_id].ended = event
+            case CheckpointRemoved(trial_id=trial_id):
+                self.trials[trial_id].checkpoint_removed = True
+
+    @property
+    def unfinished(self) -> list[TrialHistory]:
+        """Trials that have started and not ended, in the order of their numbers."""
+        return [trial for trial in self.trials.values() if trial.ended is None]
+
+    @property
+    def ended(self) -> list[TrialHistory]:
+        """Trials that have a row, in the order of their numbers."""
+        return [trial for trial in self.trials.values() if trial.ended is not None]
+
+    def trial_row(self, trial: TrialHistory) -> dict[str, Any]:
+        """The row of an ended trial: TrialRecord's fields, then `config.<field>`."""
+        record = trial_record(trial, info=self.info)
+        row: dict[str, Any] = {f.name: getattr(record, f.name) for f in fields(TrialRecord)}
+        config_fields: dict[str, str] = self.info["config_fields"]
+        row.update({f"config.{name}": trial.started.config.get(name) for name in config_fields})
+        return row
+
+
+def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
+    """The record of an ended trial. Figures of quality are those of its best epoch, None without one."""
+    started, ended, best = trial.started, trial.ended, trial.best
+    if ended is None:
+        raise ValueError(f"{trial.trial_id} has not ended")
+    results = [event.result for event in trial.epochs]
+    train_seconds = sum(r.epoch_seconds for r in results)
+    images = sum(r.images_per_second * r.epoch_seconds for r in results)
+    config: dict[str, Scalar] = started.config
+    has_checkpoint = ended.has_checkpoint and not trial.checkpoint_removed
+    return TrialRecord(
+        trial_id=trial.trial_id,
+        stage=started.stage,
+        origin=started.origin,
+        status=ended.status,
+        stop_reason=ended.stop_reason,
+        dataset=str(config["dataset"]),
+        backbone=str(config["backbone"]),
+        seed=started.seed,
+        epochs_trained=trial.last_epoch,
+        max_epochs=int(config["max_epochs"] or 0),
+        best_epoch=best.epoch if best else None,
+        val_accuracy=best.val_accuracy if best else None,
+        val_nll=best.val_nll if best else None,
+        val_ece=best.val_ece if best else None,
+        raw_val_accuracy=best.raw_val_accuracy if best else None,
+        train_accuracy=best.train_accuracy if best else None,
+        clean_train_accuracy=best.clean_train_accuracy if best else None,
+        regularization_verdict=None,
+        num_parameters=results[-1].num_parameters if results else None,
+        multiply_adds=results[-1].multiply_adds if results else None,
+        train_seconds=train_seconds,
+        images_per_second=images / train_seconds if train_seconds else None,
+        peak_memory_bytes=max((r.peak_memory_bytes for r in results), default=None),
+        predictions=f"predictions/{trial.trial_id}.parquet" if ended.has_predictions else "",
+        checkpoint=f"checkpoints/{trial.trial_id}/best.safetensors" if has_checkpoint else "",
+        error=ended.error,
+        retries=trial.retries,
+        started_at=instant(started.at),
+        finished_at=instant(ended.at),
+        node=trial.epochs[-1].node if trial.epochs else "",
+        git_commit=str(info["git_commit"]),
+        split_hash=str(info["split_hash"]),
+        schema_version=SCHEMA_VERSION,
+    )
+
+
+def epoch_record(trial: TrialHistory, event: EpochReported) -> EpochRecord:
+    """The row of one epoch, with the decision that followed it."""
+    result = event.result
+    decided = trial.decisions.get(result.epoch)
+    figures = {
+        f.name: getattr(result, f.name) for f in fields(EpochRecord) if f.name in EpochResult.__dataclass_fields__
+    }
+    return EpochRecord(
+        trial_id=trial.trial_id,
+        reported_at=instant(event.at),
+        rung=decided.rung if decided else None,
+        decision=decided.decision if decided else None,
+        **figures,
+    )

@@ -1,0 +1,379 @@
+"""An experiment on disk: its lock, its event log, and the parquet files projected from it.
+
+The only module that knows where things lie in an experiment folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from results.events import EventLog, ExperimentStarted, Event, read_events
+from results.history import History, TrialHistory, epoch_record
+from results.schema import (
+    PREDICTIONS,
+    SCHEMA_VERSION,
+    DataWarning,
+    EpochRecord,
+    Predictions,
+    ScoreRecord,
+    Split,
+    UsageError,
+    arrow_schema,
+    predictions_schema,
+    trial_schema,
+)
+from results.study import rebuild_study
+
+DEFAULT_RESULTS_DIR = "results/runs"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+P = TypeVar("P", bound=Predictions)
+
+
+class Superseded(RuntimeError):
+    """A worker outlived its driver and another one has taken over: it must not write any more."""
+
+
+class ExperimentLocked(UsageError):
+    """Another process is writing to the experiment."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool, permitted: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` in one step once the block has ended well.
+
+    `sync`: survive a power failure too. `permitted` is asked just before, and may raise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        permitted()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    with replacing(path, sync=False) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
+
+
+@dataclass(frozen=True)
+class TrialFiles:
+    """Where a worker puts what it makes of one trial, as long as its driver is the current one."""
+
+    root: str
+    trial_id: str
+    generation: int
+
+    @property
+    def resume(self) -> Path:
+        """What going on needs; read with `torch.load(weights_only=True)`."""
+        return Path(self.root, "checkpoints", self.trial_id, "resume.pt")
+
+    @property
+    def best(self) -> Path:
+        """The weights behind the "best" predictions."""
+        return Path(self.root, "checkpoints", self.trial_id, "best.safetensors")
+
+    @property
+    def predictions(self) -> Path:
+        """Logits by variant and split."""
+        return Path(self.root, "predictions", f"{self.trial_id}.parquet")
+
+    def check_current(self) -> None:
+        """Raise Superseded when another driver has taken over the experiment."""
+        current = _read_generation(Path(self.root))
+        if current != self.generation:
+            raise Superseded(f"{self.trial_id} belongs to driver {self.generation}; driver {current} has taken over")
+
+    def replacing(self, path: Path) -> contextlib.AbstractContextManager[Path]:
+        """A synced temporary file that becomes `path`, unless the driver has been superseded."""
+        return replacing(path, sync=True, permitted=self.check_current)
+
+    def write_predictions(self, predictions: Sequence[Predictions], *, variant: str) -> None:
+        """Store one variant's predictions for several splits, in the order given."""
+        splits = {cls: split for split, cls in PREDICTIONS.items()}
+        num_classes = predictions[0].logits_NC.shape[1]
+        schema = predictions_schema(num_classes)
+        tables = []
+        for part in predictions:
+            n = len(part.labels_N)
+            logits = pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ascontiguousarray(part.logits_NC).reshape(-1), pa.float16()), num_classes
+            )
+            columns = [
+                pa.array([variant] * n),
+                pa.array([splits[type(part)]] * n),
+                pa.array(part.example_ids_N),
+                pa.array(part.labels_N),
+                logits,
+            ]
+            tables.append(pa.Table.from_arrays(columns, schema=schema))
+        with self.replacing(self.predictions) as temporary:
+            pq.write_table(
+                pa.concat_tables(tables),
+                temporary,
+                compression="zstd",
+                use_dictionary=["variant", "split"],
+                column_encoding={"logits.list.element": "BYTE_STREAM_SPLIT"},
+            )
+
+
+class Experiment:
+    """One experiment folder. Opening reads its log; `driving()` is what permits writing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.history = History.read(read_events(root / "events"))
+        self.generation = 0
+        self._log: EventLog | None = None
+
+    @classmethod
+    def create(cls, results_dir: str | Path, *, name: str, info: dict[str, Any]) -> Experiment:
+        """A new experiment. The folder appears complete or not at all.
+
+        Raises UsageError when the name is not one, is taken, or the results folder cannot be written.
+        """
+        if not NAME.fullmatch(name):
+            raise UsageError(f"--name {name!r} is not a name; use letters, digits, '.', '_' and '-'")
+        root = Path(results_dir, name)
+        if root.exists():
+            raise UsageError(
+                f"experiment {name!r} exists already in {results_dir}; add --resume to go on with it, "
+                f"or choose another --name"
+            )
+        unfinished = root.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            for folder in ("events", "trials", "epochs", "predictions", "checkpoints"):
+                (unfinished / folder).mkdir(parents=True)
+            log = EventLog(unfinished / "events")
+            log.append(ExperimentStarted(at=time.time(), info=info))
+            log.close()
+            unfinished.rename(root)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UsageError(
+                f"cannot write to the results folder {results_dir}: {error.strerror or error}; "
+                f"choose another --results-dir or mend its permissions"
+            ) from error
+        experiment = cls(root)
+        experiment._write_info()
+        return experiment
+
+    @classmethod
+    def open(cls, results_dir: str | Path, name: str) -> Experiment:
+        """An existing experiment. Raises UsageError, listing those there are, when it is none."""
+        root = Path(results_dir, name)
+        if not (root / "events").is_dir():
+            there = ", ".join(names(results_dir)) or "none"
+            raise UsageError(f"there is no experiment {name!r} in {results_dir}; there are: {there}")
+        return cls(root)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.name
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `experiment.json` says, its state apart."""
+        return self.history.info
+
+    @contextlib.contextmanager
+    def driving(self) -> Iterator[None]:
+        """Be the one process that writes. Reads the log anew, and rebuilds what is projected from it.
+
+        Raises ExperimentLocked while another process drives.
+        """
+        with _locked(self.root) as generation:
+            self.generation = generation
+            self.history = History.read(read_events(self.root / "events"))
+            for leftover in self.root.rglob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            self._rebuild()
+            self._log = EventLog(self.root / "events")
+            try:
+                yield
+            finally:
+                self._log.close()
+                self._log = None
+
+    def record(self, *events: Event) -> None:
+        """Append events to the log, synced, then bring the files projected from them up to date."""
+        if self._log is None:
+            raise RuntimeError("an experiment is written to only inside `driving()`")
+        self._log.append(*events)
+        for event in events:
+            self.history.apply(event)
+        touched = {event.trial_id: None for event in events if hasattr(event, "trial_id")}
+        for trial_id in touched:
+            self._project(self.history.trials[trial_id])
+        if len(touched) < len(events):
+            self._write_info()
+
+    def rebuild(self) -> None:
+        """Write `trials/`, `epochs/`, the study and `experiment.json` anew from the event log."""
+        with self.driving():
+            pass
+
+    def _rebuild(self) -> None:
+        expected = set()
+        for trial in self.history.trials.values():
+            expected |= self._project(trial)
+        for part in [*self.root.glob("trials/*.parquet"), *self.root.glob("epochs/*.parquet")]:
+            if part not in expected:
+                part.unlink()
+        rebuild_study(
+            self.study_path,
+            self.history.trials.values(),
+            name=self.name,
+            metric=self.info["metric"],
+            mode=self.info["mode"],
+        )
+        self._write_info()
+
+    def _project(self, trial: TrialHistory) -> set[Path]:
+        written = set()
+        if trial.epochs:
+            part = self.root / "epochs" / f"{trial.trial_id}.parquet"
+            rows = [asdict(epoch_record(trial, event)) for event in trial.epochs]
+            _write_rows(part, rows, arrow_schema(EpochRecord))
+            written.add(part)
+        if trial.ended is not None:
+            part = self.root / "trials" / f"{trial.trial_id}.parquet"
+            _write_rows(part, [self.history.trial_row(trial)], trial_schema(self.info["config_fields"]))
+            written.add(part)
+        return written
+
+    def _write_info(self) -> None:
+        with replacing(self.root / "experiment.json", sync=False) as temporary:
+            content = {**self.info, "state": self.history.state, "schema_version": SCHEMA_VERSION}
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @property
+    def study_path(self) -> Path:
+        """The journal file that optuna-dashboard opens."""
+        return self.root / "study.journal"
+
+    def files(self, trial_id: str) -> TrialFiles:
+        """Where the worker of a trial writes."""
+        return TrialFiles(str(self.root.absolute()), trial_id, self.generation)
+
+    def remove_checkpoint(self, trial_id: str) -> None:
+        """Remove a trial's weights and resume file, if there are any."""
+        shutil.rmtree(self.root / "checkpoints" / trial_id, ignore_errors=True)
+
+    def disk_bytes(self) -> int:
+        """What the folder takes on disk."""
+        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+    def trials(self) -> pd.DataFrame:
+        """`trials/` as a frame, a row a trial that has ended. Warns of parts that cannot be read."""
+        return self._read_parts("trials", trial_schema(self.info["config_fields"]))
+
+    def epochs(self) -> pd.DataFrame:
+        """`epochs/` as a frame, a row a trial and epoch. Warns of parts that cannot be read."""
+        return self._read_parts("epochs", arrow_schema(EpochRecord))
+
+    def _read_parts(self, folder: str, schema: pa.Schema) -> pd.DataFrame:
+        tables = [schema.empty_table()]
+        for part in sorted((self.root / folder).glob("*.parquet")):
+            try:
+                tables.append(pq.read_table(part).select(schema.names).cast(schema))
+            except (pa.ArrowException, OSError, KeyError) as error:
+                warnings.warn(
+                    f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
+                    f"`python -m orchestrator.rebuild {self.name} --results-dir {self.root.parent}` mends it",
+                    DataWarning,
+                    stacklevel=3,
+                )
+        return pa.concat_tables(tables).to_pandas()
+
+    def predictions(self, trial_id: str, of: type[P], *, variant: str = "best") -> P:
+        """A trial's stored predictions for the split that `of` stands for.
+
+        Raises UsageError, naming the file, when it is missing or damaged.
+        """
+        split: Split = next(split for split, cls in PREDICTIONS.items() if cls is of)
+        path = self.root / "predictions" / f"{trial_id}.parquet"
+        try:
+            table = pq.read_table(path, filters=(pc.field("variant") == variant) & (pc.field("split") == split))
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+        logits = table["logits"].combine_chunks()
+        num_classes = table.schema.field("logits").type.list_size
+        return of(
+            logits_NC=logits.flatten().to_numpy().reshape(-1, num_classes),
+            labels_N=table["label"].to_numpy(),
+            example_ids_N=table["example_id"].to_numpy(),
+        )
+
+    def ensemble_folder(self, ensemble_id: str) -> Path:
+        """Where an ensemble lies."""
+        return self.root / "ensembles" / ensemble_id
+
+    def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
+        """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
+        folder = self.ensemble_folder(ensemble_id)
+        _write_rows(folder / "scores.parquet", [asdict(s) for s in scores], arrow_schema(ScoreRecord))
+        with replacing(folder / "ensemble.json", sync=True) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[int]:
+    """Hold the experiment's lock; the kernel gives it back however the process ends. Yields the generation."""
+    try:
+        file = (root / "driver.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {root}: {error.strerror}; mend its permissions") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExperimentLocked(
+                f"experiment {root.name!r} is being written to by another process; "
+                f"wait for it, stop it, or choose another --name"
+            ) from error
+        generation = _read_generation(root) + 1
+        with replacing(root / "generation", sync=True) as temporary:
+            temporary.write_text(f"{generation}\n", encoding="ascii")
+        yield generation
+
+
+def _read_generation(root: Path) -> int:
+    try:
+        return int((root / "generation").read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
+
+
+def names(results_dir: str | Path) -> list[str]:
+    """The experiments of a results folder, the newest last."""
+    started = {}
+    for path in Path(results_dir).glob("[!.]*/experiment.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            started[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["started_at"]
+    return sorted(started, key=lambda name: started[name])
