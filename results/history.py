@@ -72,6 +72,7 @@ class History:
     info: dict[str, Any] = field(default_factory=dict)
     state: str = "running"
     trials: dict[str, TrialHistory] = field(default_factory=dict)
+    decisions: list[Decided] = field(default_factory=list)
     ensembles: list[EnsembleMade] = field(default_factory=list)
 
     @classmethod
@@ -106,6 +107,7 @@ class History:
                 trial.epochs.append(event)
             case Decided(trial_id=trial_id, epoch=epoch):
                 self.trials[trial_id].decisions[epoch] = event
+                self.decisions.append(event)
             case TrialRetried(trial_id=trial_id):
                 self.trials[trial_id].retries += 1
             case TrialEnded(trial_id=trial_id):

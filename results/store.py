@@ -150,12 +150,9 @@ class Experiment:
         self.generation = 0
         self._log: EventLog | None = None
 
-    @classmethod
-    def create(cls, results_dir: str | Path, *, name: str, info: dict[str, Any]) -> Experiment:
-        """A new experiment. The folder appears complete or not at all.
-
-        Raises UsageError when the name is not one, is taken, or the results folder cannot be written.
-        """
+    @staticmethod
+    def check_new(results_dir: str | Path, name: str) -> Path:
+        """The folder of an experiment that does not exist. Raises UsageError when it does, or the name is not one."""
         if not NAME.fullmatch(name):
             raise UsageError(f"--name {name!r} is not a name; use letters, digits, '.', '_' and '-'")
         root = Path(results_dir, name)
@@ -164,6 +161,15 @@ class Experiment:
                 f"experiment {name!r} exists already in {results_dir}; add --resume to go on with it, "
                 f"or choose another --name"
             )
+        return root
+
+    @classmethod
+    def create(cls, results_dir: str | Path, *, name: str, info: dict[str, Any]) -> Experiment:
+        """A new experiment. The folder appears complete or not at all.
+
+        Raises UsageError as `check_new` does, and when the results folder cannot be written.
+        """
+        root = cls.check_new(results_dir, name)
         unfinished = root.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             for folder in ("events", "trials", "epochs", "predictions", "checkpoints"):

@@ -1,0 +1,115 @@
+"""What the command lines share: exit statuses, argument types, how warnings and errors look."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType
+
+import optuna
+from rich.console import Console
+
+from results.schema import DataWarning, UsageError
+from results.store import DEFAULT_RESULTS_DIR
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+def run(main: Callable[[], int]) -> None:
+    """Exit with `main`'s status; UsageErrors as one line and status 2."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.filterwarnings("always", category=DataWarning)
+    warnings.showwarning = _show_warning
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        status = main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = WRONG_USAGE
+    except Interrupted:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Once: what is being put in order must not be torn by impatience. SIGKILL loses nothing either.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, DataWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def make_console() -> Console:
+    """Standard output: a live display in a terminal, unwrapped plain lines elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200, highlight=False)
+
+
+def count(text: str) -> int:
+    """An argument type: a whole number, 1 or more."""
+    return _whole(text, least=1)
+
+
+def count_or_zero(text: str) -> int:
+    """An argument type: a whole number, 0 or more."""
+    return _whole(text, least=0)
+
+
+def _whole(text: str, *, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, {least} or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argument type: a fraction in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a fraction in (0, 1]")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argument type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number above 0")
+    return value
+
+
+def results_dir(text: str) -> str:
+    """An argument type: a local folder for results."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a local folder; object stores are not supported yet")
+    return text
+
+
+def add_results_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--results-dir`."""
+    parser.add_argument(
+        "--results-dir", type=results_dir, default=DEFAULT_RESULTS_DIR, help="where experiments lie (default: %(default)s)"
+    )

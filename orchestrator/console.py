@@ -1,0 +1,163 @@
+"""What a search shows while it runs and at its end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.ledger import Ledger
+from results.history import TrialHistory
+from results.schema import Scalar
+
+LEADERS = 5
+MARKS = {"completed": "done", "pruned": "stopped", "failed": "failed"}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as `12.3 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} bytes" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def settings(params: dict[str, Scalar]) -> str:
+    """Searched values on one line."""
+    return "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+
+
+class SearchConsole:
+    """A live panel in a terminal; elsewhere a plain line a finished trial."""
+
+    def __init__(self, console: Console, *, num_trials: int, metric: str) -> None:
+        self._console = console
+        self._num_trials = num_trials
+        self._metric = metric
+        self._ledger: Ledger | None = None
+        self._started = time.monotonic()
+        self._ended_before = 0
+        self._epochs_before = 0
+        self._shown: set[str] = set()
+        self._live: Live | None = None
+
+    def watching(self, ledger: Ledger) -> AbstractContextManager[object]:
+        """Show a ledger's search for as long as the context lasts."""
+        self._ledger = ledger
+        ended = ledger.experiment.history.ended
+        self._shown = {trial.trial_id for trial in ended}
+        self._ended_before = len(ended)
+        self._epochs_before = self._num_epochs()
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2, transient=True)
+            return self._live
+        return nullcontext()
+
+    def changed(self) -> None:
+        """Something happened in the ledger."""
+        if self._ledger is None:
+            return
+        for trial in self._ledger.experiment.history.ended:
+            if trial.trial_id not in self._shown:
+                self._shown.add(trial.trial_id)
+                self._console.print(Text(self._line(trial)), soft_wrap=True)
+
+    def _num_epochs(self) -> int:
+        assert self._ledger is not None
+        return sum(trial.last_epoch for trial in self._ledger.experiment.history.trials.values())
+
+    def _line(self, trial: TrialHistory) -> str:
+        assert trial.ended is not None
+        what = MARKS[trial.ended.status]
+        if trial.ended.stop_reason:
+            what += f" ({trial.ended.stop_reason})"
+        best = getattr(trial.best, self._metric) if trial.best else float("nan")
+        return (
+            f"{trial.trial_id}  {what:<18} {self._metric} {best:.4f} after {trial.last_epoch} epochs  "
+            f"{settings(trial.started.params)}   [{self._progress()}]"
+        )
+
+    def _progress(self) -> str:
+        assert self._ledger is not None
+        ended = self._ledger.experiment.history.ended
+        parts = [f"{len(ended)}/{self._num_trials} ended", f"{len(self._ledger.running)} running"]
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """From the epochs a second of this driver and the epochs an ended trial takes on average."""
+        assert self._ledger is not None
+        history = self._ledger.experiment.history
+        epochs = self._num_epochs() - self._epochs_before
+        if not history.ended or epochs < 1:
+            return None
+        per_trial = sum(t.last_epoch for t in history.ended) / len(history.ended)
+        in_progress = sum(t.last_epoch for t in history.unfinished)
+        to_do = max(0.0, (self._num_trials - len(history.ended)) * per_trial - in_progress)
+        return to_do * (time.monotonic() - self._started) / epochs
+
+    def _panel(self) -> Table:
+        assert self._ledger is not None
+        history = self._ledger.experiment.history
+        counts = {what: sum(t.ended is not None and t.ended.status == what for t in history.ended) for what in MARKS}
+        grid = Table.grid()
+        line = f"{len(self._ledger.running)} running, {counts['completed']} done, {counts['pruned']} stopped early"
+        if counts["failed"]:
+            line += f", {counts['failed']} failed"
+        left = self._seconds_left()
+        line += f" of {self._num_trials} trials, {duration(time.monotonic() - self._started)}"
+        grid.add_row(Text(line + (f", about {duration(left)} left" if left is not None else "")))
+        leaders = self._ledger.ranked([t for t in history.trials.values() if t.best])
+        if leaders and leaders[0].best:
+            best = getattr(leaders[0].best, self._metric)
+            grid.add_row(Text(f"best so far: {leaders[0].trial_id} {self._metric} {best:.4f}  {settings(leaders[0].started.params)}"))
+        for trial in history.unfinished:
+            if trial.trial_id in self._ledger.running:
+                value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"
+                grid.add_row(Text(f"{trial.trial_id} epoch {trial.last_epoch}: {value}", style="dim"))
+        return grid
+
+
+def print_summary(console: Console, ledger: Ledger) -> None:
+    """Counts, where the suggestions came from, the best trials and the disk used."""
+    history, metric = ledger.experiment.history, ledger.space.metric
+    ended = history.ended
+    statuses = [t.ended.status for t in ended if t.ended]
+    origins = [t.started.origin for t in history.trials.values()]
+    console.print(
+        f"{len(ended)} trials: {statuses.count('completed')} done, {statuses.count('pruned')} stopped early, "
+        f"{statuses.count('failed')} failed; {origins.count('baseline')} baselines, "
+        f"{origins.count('startup')} random, {origins.count('model')} suggested by TPE's model",
+        highlight=False,
+    )
+    names = list(ledger.space.dimensions)
+    table = Table(title=f"best by {metric} (validation: the select split)", title_justify="left", box=None)
+    for heading in ("trial", metric, "epoch", *names):
+        table.add_column(heading, justify="left" if heading == "trial" else "right")
+    completed = [t for t in ended if t.ended and t.ended.status == "completed"]
+    for trial in ledger.ranked(completed)[:LEADERS]:
+        assert trial.best is not None
+        values = [trial.started.params[name] for name in names]
+        shown = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
+        table.add_row(trial.trial_id, f"{getattr(trial.best, metric):.4f}", str(trial.best.epoch), *shown)
+    console.print(table)
+    root = ledger.experiment.root
+    console.print(f"{root}: {size(ledger.experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)

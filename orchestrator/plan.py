@@ -1,0 +1,147 @@
+"""What a search is going to be: a new one from its arguments, or an old one gone on with unchanged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.halving import HALVINGS, Halving
+from results.schema import Scalar, UsageError
+from search_spaces.space import NamedSpace, SearchSpace
+from trainables.backbones import check_backbone
+from trainables.config import ANNOTATIONS
+from trainables.datasets import SplitImages
+
+RECORDED_VERSIONS = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """Everything that decides a search's results, apart from the data's place and the machine."""
+
+    source: NamedSpace
+    overrides: Mapping[str, Scalar]
+    num_trials: int | None
+    seed: int
+    halving: str
+
+    def __post_init__(self) -> None:
+        if self.halving not in HALVINGS:
+            raise UsageError(f"--halving {self.halving!r}: wanted one of {', '.join(HALVINGS)}")
+        check_backbone(self.space.base.backbone)
+        if self.space.base.val_fraction == 0:
+            raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
+
+    @property
+    def space(self) -> SearchSpace:
+        """The space with its overrides."""
+        return self.source.space.with_overrides(self.overrides, num_trials=self.num_trials)
+
+    def make_halving(self) -> Halving:
+        """The strategy of early stopping, in its first state."""
+        space = self.space
+        return HALVINGS[self.halving](
+            grace_epochs=space.budget.grace,
+            max_epochs=space.budget.max_epochs,
+            factor=space.budget.reduction_factor,
+            mode=space.mode,
+        )
+
+    def info(self, *, name: str, data: SplitImages, command: str) -> dict[str, Any]:
+        """What `experiment.json` records."""
+        space = self.space
+        return {
+            "name": name,
+            "started_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "dataset": space.base.dataset,
+            "split_hash": data.split_hash,
+            "split_sizes": data.sizes(),
+            "class_names": list(data.class_names),
+            "space": {"name": self.source.name, "source_hash": self.source.source_hash, **space.describe()},
+            "overrides": dict(self.overrides),
+            "seed": self.seed,
+            "halving": self.halving,
+            "metric": space.metric,
+            "mode": space.mode,
+            "max_epochs": space.budget.max_epochs,
+            "config_fields": ANNOTATIONS,
+            **provenance(command),
+        }
+
+
+def resumed(plan: SearchPlan, info: Mapping[str, Any], *, seed: int | None, halving: str | None) -> SearchPlan:
+    """The plan of an experiment gone on with: what is not given is what it was before.
+
+    Raises UsageError, saying what, when the search would not be the same.
+    """
+    old = info["space"]
+    same = SearchPlan(
+        source=plan.source,
+        overrides={**info["overrides"], **plan.overrides},
+        num_trials=plan.num_trials or old["budget"]["num_trials"],
+        seed=info["seed"] if seed is None else seed,
+        halving=halving or info["halving"],
+    )
+    new = json.loads(json.dumps(same.space.describe()))
+    changes = [
+        *_differences("", {"seed": info["seed"], "halving": info["halving"]}, {"seed": same.seed, "halving": same.halving}),
+        *_differences("", {k: old[k] for k in new}, new),
+    ]
+    # Data may have moved, its hash tells whether it is the same; a search may be made longer.
+    changes = [c for c in changes if not c.startswith(("base.dataset ", "budget.num_trials "))]
+    if changes:
+        raise UsageError(
+            f"experiment {info['name']!r} was begun with another search space: {'; '.join(changes)}; "
+            f"undo that, or start anew with another --name"
+        )
+    return same
+
+
+def check_same_data(info: Mapping[str, Any], data: SplitImages) -> None:
+    """Raise UsageError when the data is not what an experiment was begun with."""
+    if data.split_hash != info["split_hash"]:
+        raise UsageError(
+            f"the images or splits of {info['dataset']} are not those experiment {info['name']!r} was begun with "
+            f"(split hash {data.split_hash}, was {info['split_hash']}); restore the data or start anew with --name"
+        )
+
+
+def _differences(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        before, after = old.get(key, "not there"), new.get(key, "not there")
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(f"{prefix}{key}.", before, after)
+        elif before != after:
+            found.append(f"{prefix}{key} was {_short(before)} and is {_short(after)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    """Distributions come as JSON texts: show what is in them."""
+    if isinstance(value, str) and value.startswith("{"):
+        distribution = json.loads(value)
+        inside = ", ".join(f"{k}={v}" for k, v in distribution["attributes"].items() if v not in (None, False))
+        return f"{distribution['name']}({inside})"
+    return str(value)
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Versions, the code's commit and the command line."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return {
+        "versions": {name: version(name) for name in RECORDED_VERSIONS},
+        "git_commit": commit,
+        "command": command,
+    }

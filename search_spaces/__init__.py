@@ -1,0 +1,1 @@
+"""What is searched: one file an experiment, plain Python, each defining SPACE."""
