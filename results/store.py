@@ -336,9 +336,22 @@ class Experiment:
             example_ids_N=table["example_id"].to_numpy(),
         )
 
+    def has_readable_predictions(self, trial_id: str) -> bool:
+        """Whether a trial's predictions are there and whole, as far as the file's footer tells."""
+        try:
+            pq.read_metadata(self.root / "predictions" / f"{trial_id}.parquet")
+        except (OSError, pa.ArrowException):
+            return False
+        return True
+
     def ensemble_folder(self, ensemble_id: str) -> Path:
         """Where an ensemble lies."""
         return self.root / "ensembles" / ensemble_id
+
+    def next_ensemble_id(self) -> str:
+        """`e0001` for the first ensemble."""
+        taken = [int(path.name[1:]) for path in self.root.glob("ensembles/e*") if path.name[1:].isdigit()]
+        return f"e{max(taken, default=0) + 1:04d}"
 
     def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
         """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
