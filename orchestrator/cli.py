@@ -27,7 +27,7 @@ def run(main: Callable[[], int]) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("always", category=DataWarning)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # the fields it does not use
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         status = main()
@@ -111,5 +111,8 @@ def results_dir(text: str) -> str:
 def add_results_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--results-dir`."""
     parser.add_argument(
-        "--results-dir", type=results_dir, default=DEFAULT_RESULTS_DIR, help="where experiments lie (default: %(default)s)"
+        "--results-dir",
+        type=results_dir,
+        default=DEFAULT_RESULTS_DIR,
+        help="where experiments lie (default: %(default)s)",
     )

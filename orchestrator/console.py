@@ -39,7 +39,9 @@ def size(num_bytes: float) -> str:
 
 def settings(params: dict[str, Scalar]) -> str:
     """Searched values on one line."""
-    return "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return "  ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
 
 
 class SearchConsole:
@@ -128,7 +130,12 @@ class SearchConsole:
         leaders = self._ledger.ranked([t for t in history.trials.values() if t.best])
         if leaders and leaders[0].best:
             best = getattr(leaders[0].best, self._metric)
-            grid.add_row(Text(f"best so far: {leaders[0].trial_id} {self._metric} {best:.4f}  {settings(leaders[0].started.params)}"))
+            grid.add_row(
+                Text(
+                    f"best so far: {leaders[0].trial_id} {self._metric} {best:.4f}  "
+                    f"{settings(leaders[0].started.params)}"
+                )
+            )
         for trial in history.unfinished:
             if trial.trial_id in self._ledger.running:
                 value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"

@@ -1,7 +1,7 @@
 """Choose a diverse ensemble of a search's trials and score it, from stored predictions alone.
 
-    python -m orchestrator.ensemble --top-k 5
-    python -m orchestrator.ensemble --experiment cifar100 --selection greedy --combiner weighted
+python -m orchestrator.ensemble --top-k 5
+python -m orchestrator.ensemble --experiment cifar100 --selection greedy --combiner weighted
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -31,7 +32,9 @@ SELECTION_STREAM, INTERVAL_STREAM = 0, 1
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m orchestrator.ensemble", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m orchestrator.ensemble",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--experiment", nargs="+", default=[], metavar="NAME", help="default: the newest with two or more candidates"
@@ -39,7 +42,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=cli.count, default=5, help="members at most (default: 5)")
     parser.add_argument("--selection", choices=list(SELECTORS), default="diverse", help="default: diverse")
     parser.add_argument("--combiner", choices=list(COMBINERS), default="mean", help="default: mean")
-    parser.add_argument("--include-stopped", action="store_true", help="let trials that were stopped early be members too")
+    parser.add_argument(
+        "--include-stopped", action="store_true", help="let trials that were stopped early be members too"
+    )
     cli.add_results_dir(parser)
     parser.add_argument("--seed", type=cli.count_or_zero, default=0)
     return parser.parse_args(arguments)
@@ -78,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     return cli.DONE
 
 
-def describe(row: Row, args: argparse.Namespace, candidates: Candidates, select: SelectPool) -> dict[str, object]:
+def describe(row: Row, args: argparse.Namespace, candidates: Candidates, select: SelectPool) -> dict[str, Any]:
     """What `ensemble.json` says."""
     (ensemble,) = row.ensembles
     members = [
@@ -119,7 +124,10 @@ def show(
         highlight=False,
     )
     console.print(_members_table([c.trial_id for c in trials], ensemble.weights_M, disagreement_MM))
-    for split, title in (("estimate", "estimate: read once, after choosing"), ("test", "test: scored once, never chosen on")):
+    for split, title in (
+        ("estimate", "estimate: read once, after choosing"),
+        ("test", "test: scored once, never chosen on"),
+    ):
         shown = shown_on_test(rows) if split == "test" else list(rows)
         console.print(_score_table(title, shown, [s for s in scores if s.split == split]))
     console.print(f"stored in {experiment.ensemble_folder(ensemble_id)}", highlight=False, soft_wrap=True)

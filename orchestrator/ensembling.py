@@ -80,9 +80,7 @@ class Row:
         return mean_scored([ensemble.score(pool) for ensemble in self.ensembles])
 
 
-def choose(
-    select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator
-) -> list[Row]:
+def choose(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> list[Row]:
     """The chosen ensemble, its members under every other combiner, and the controls, all fitted on select.
 
     The first row is the chosen one. Controls: the best single model, top-k and random-k under the mean.
@@ -103,7 +101,7 @@ def choose(
 
 
 def shown_on_test(rows: Sequence[Row]) -> list[Row]:
-    """What is scored on test: the chosen ensemble and the controls. Other combiners are not, lest one is picked there."""
+    """What is scored on test: the chosen ensemble and the controls, no other combiner, lest one is picked there."""
     return [row for row in rows if row.chosen or row.kind != "ensemble"]
 
 

@@ -203,7 +203,9 @@ class Ledger:
         self._tidy(trial)
 
     def _remove_surplus_checkpoints(self) -> None:
-        kept = [t for t in self.experiment.history.ended if t.ended and t.ended.has_checkpoint and not t.checkpoint_removed]
+        kept = [
+            t for t in self.experiment.history.ended if t.ended and t.ended.has_checkpoint and not t.checkpoint_removed
+        ]
         for trial in self.ranked(kept)[self._keep_checkpoints :]:
             # The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
             self._record(CheckpointRemoved(at=time.time(), trial_id=trial.trial_id))

@@ -1,4 +1,4 @@
-"""How good predictions are: per-example contributions whose means are the metrics, so that resampling is a matrix product.
+"""How good predictions are: columns of per-example contributions whose means are the metrics.
 
 Shape suffixes: N examples, C classes, B bins of confidence.
 """

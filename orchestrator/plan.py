@@ -90,7 +90,9 @@ def resumed(plan: SearchPlan, info: Mapping[str, Any], *, seed: int | None, halv
     )
     new = json.loads(json.dumps(same.space.describe()))
     changes = [
-        *_differences("", {"seed": info["seed"], "halving": info["halving"]}, {"seed": same.seed, "halving": same.halving}),
+        *_differences(
+            "", {"seed": info["seed"], "halving": info["halving"]}, {"seed": same.seed, "halving": same.halving}
+        ),
         *_differences("", {k: old[k] for k in new}, new),
     ]
     # Data may have moved, its hash tells whether it is the same; a search may be made longer.

@@ -104,7 +104,9 @@ def find_candidates(results_dir: str, wanted: Sequence[str], *, k: int, include_
         return _enough(experiments, k=k, include_stopped=include_stopped)
     there = names(results_dir)
     if not there:
-        raise UsageError(f"there are no experiments in {results_dir}; make one with python -m orchestrator.search digits")
+        raise UsageError(
+            f"there are no experiments in {results_dir}; make one with python -m orchestrator.search digits"
+        )
     for name in reversed(there):
         experiment = Experiment.open(results_dir, name)
         if len(_rows(experiment, include_stopped=include_stopped)) >= 2:

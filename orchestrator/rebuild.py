@@ -1,6 +1,6 @@
 """Write an experiment's parquet files and Optuna study anew from its event log.
 
-    python -m orchestrator.rebuild cifar100
+python -m orchestrator.rebuild cifar100
 """
 
 from __future__ import annotations

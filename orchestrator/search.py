@@ -1,8 +1,8 @@
 """Search regularization strength with Ray Tune, Optuna and ASHA.
 
-    python -m orchestrator.search cifar100 --data-dir DIR
-    python -m orchestrator.search digits --num-trials 12
-    python -m orchestrator.search ./mine.py --dataset folder:photos --backbone resnet18 --set lr=0.05
+python -m orchestrator.search cifar100 --data-dir DIR
+python -m orchestrator.search digits --num-trials 12
+python -m orchestrator.search ./mine.py --dataset folder:photos --backbone resnet18 --set lr=0.05
 """
 
 from __future__ import annotations
@@ -53,16 +53,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m orchestrator.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("space", metavar="SPACE", help="a name in search_spaces/, or a path to a file that defines SPACE")
+    parser.add_argument(
+        "space", metavar="SPACE", help="a name in search_spaces/, or a path to a file that defines SPACE"
+    )
     parser.add_argument("--dataset", help="digits, cifar10, cifar100, folder:PATH or parquet:PATH")
     parser.add_argument("--backbone", help="a name in trainables/backbones/")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="set fields of the base TrainConfig"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set fields of the base TrainConfig",
     )
     parser.add_argument("--name", help="the experiment's name (default: the space's)")
     parser.add_argument("--num-trials", type=cli.count, help="every trial counts, baselines and failed ones too")
     parser.add_argument("--max-epochs", type=cli.count, help="epochs of a trial that is not stopped")
-    parser.add_argument("--max-concurrent", type=cli.count, help="trials at a time (default: as many as there is room for)")
+    parser.add_argument(
+        "--max-concurrent", type=cli.count, help="trials at a time (default: as many as there is room for)"
+    )
     parser.add_argument("--train-fraction", type=cli.fraction, help="share of the training split to train on")
     parser.add_argument("--data-dir", default="data", help="where datasets are, or are downloaded to (default: data)")
     cli.add_results_dir(parser)
@@ -74,7 +83,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus-per-trial", type=cli.positive, help="default: 1 on cuda; fractions share a GPU")
     parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
     parser.add_argument(
-        "--keep-checkpoints", type=cli.count_or_zero, default=10, help="keep the weights of the best N trials (default: 10)"
+        "--keep-checkpoints",
+        type=cli.count_or_zero,
+        default=10,
+        help="keep the weights of the best N trials (default: 10)",
     )
     return parser.parse_args(arguments)
 
@@ -129,15 +141,11 @@ def command_line() -> str:
     return shlex.join(["python", "-m", "orchestrator.search", *sys.argv[1:]])
 
 
-def make_ledger(
-    experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: int, console: SearchConsole
-) -> Ledger:
+def make_ledger(experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: int, console: SearchConsole) -> Ledger:
     """The ledger of a search, standing where its event log ends."""
     space, history = plan.space, experiment.history
     baselines_started = sum(t.started.origin == "baseline" for t in history.trials.values())
-    sampler = make_sampler(
-        num_trials=space.budget.num_trials, seed=plan.seed, trials_so_far=len(history.trials)
-    )
+    sampler = make_sampler(num_trials=space.budget.num_trials, seed=plan.seed, trials_so_far=len(history.trials))
     proposer = Proposer(
         experiment.study_path,
         name=experiment.name,
@@ -190,7 +198,9 @@ def fit(ledger: Ledger, data: SplitImages, args: argparse.Namespace) -> None:
     available = ray.cluster_resources()
     room = available.get("GPU", 0) / gpus if gpus else available.get("CPU", 1) / args.cpus_per_trial
     if room < 1 and not args.address:
-        raise UsageError(f"a trial wants {args.cpus_per_trial} CPUs and {gpus:g} GPUs, more than this machine has; lower them")
+        raise UsageError(
+            f"a trial wants {args.cpus_per_trial} CPUs and {gpus:g} GPUs, more than this machine has; lower them"
+        )
     max_concurrent = args.max_concurrent or max(1, int(room))
     # Tune keeps a single trial pending by default, which leaves workers idle when trials are short.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max_concurrent)
@@ -220,7 +230,9 @@ def fit(ledger: Ledger, data: SplitImages, args: argparse.Namespace) -> None:
             raise
 
 
-def drive(experiment: Experiment, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console) -> Ledger:
+def drive(
+    experiment: Experiment, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console
+) -> Ledger:
     """Run the search as the experiment's one driver. Returns its ledger when every trial has ended."""
     with experiment.driving():
         if args.resume:
@@ -248,7 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = cli.make_console()
     experiment, plan, data = open_experiment(args)
     sizes = ", ".join(f"{n:,} {split}" for split, n in data.sizes().items())
-    console.print(f"{experiment.name}: {plan.space.base.backbone} on {plan.space.base.dataset} ({sizes})", highlight=False)
+    console.print(
+        f"{experiment.name}: {plan.space.base.backbone} on {plan.space.base.dataset} ({sizes})", highlight=False
+    )
     again = resume_command(args)
     try:
         ledger = drive(experiment, plan, data, args, console)

@@ -20,7 +20,7 @@ class DiskFull(OSError):
     """A worker could not write."""
 
 
-class LedgerSearcher(Searcher):  # type: ignore[misc]  # ray has no types
+class LedgerSearcher(Searcher):
     """Hands the ledger's trials to Tune, never more than `max_concurrent` at a time.
 
     Tune would ask for many ahead of need, and TPE would draw them knowing nothing.
@@ -62,7 +62,7 @@ class LedgerSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         """Nothing: the event log is what a search is restored from."""
 
 
-class LedgerScheduler(FIFOScheduler):  # type: ignore[misc]  # ray has no types
+class LedgerScheduler(FIFOScheduler):
     """Tells the ledger what Tune's trials report, and Tune what the ledger decides.
 
     Tune wraps what is raised here into texts; `failure` keeps the exception itself.

@@ -171,9 +171,10 @@ def decode(line: str) -> Event:
 
 def _epoch_result(values: dict[str, Any]) -> EpochResult:
     is_float = {f.name: "float" in str(f.type) for f in fields(EpochResult)}
-    return EpochResult(
-        **{key: float(value) if is_float[key] and value is not None else value for key, value in values.items()}
-    )
+    typed: dict[str, Any] = {
+        key: float(value) if is_float[key] and value is not None else value for key, value in values.items()
+    }
+    return EpochResult(**typed)
 
 
 class EventLog:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from results.events import EventLog, ExperimentStarted, Event, read_events
+from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.history import History, TrialHistory, epoch_record
 from results.schema import (
     PREDICTIONS,

@@ -63,9 +63,12 @@ def frozen_trial(trial: TrialHistory, *, metric: str) -> FrozenTrial:
 def open_study(path: Path, *, name: str, mode: str, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
     """The study in a journal file, created when it is not there."""
     storage = JournalStorage(JournalFileBackend(str(path)))
-    direction = "maximize" if mode == "max" else "minimize"
     return optuna.create_study(
-        storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True
+        storage=storage,
+        study_name=name,
+        direction="maximize" if mode == "max" else "minimize",
+        sampler=sampler,
+        load_if_exists=True,
     )
 
 

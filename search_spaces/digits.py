@@ -1,6 +1,6 @@
 """The demo: regularization of a small net on scikit-learn's 8x8 digits. No download, no GPU.
 
-    python -m orchestrator.search digits
+python -m orchestrator.search digits
 """
 
 from optuna.distributions import FloatDistribution

@@ -63,7 +63,9 @@ class SearchSpace:
         object.__setattr__(self, "base", replace(self.base, max_epochs=self.budget.max_epochs))
         for name in self.dimensions:
             if name not in FIELD_TYPES:
-                raise UsageError(f"dimension {name!r} is not a field of TrainConfig; there are {', '.join(FIELD_TYPES)}")
+                raise UsageError(
+                    f"dimension {name!r} is not a field of TrainConfig; there are {', '.join(FIELD_TYPES)}"
+                )
             if name in FIXED_FIELDS:
                 raise UsageError(f"dimension {name!r} cannot vary within a search; set it in the base configuration")
         for baseline in self.complete_baselines():
@@ -159,7 +161,7 @@ def load_space(name: str) -> NamedSpace:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is somebody's file: whatever it raises is its error
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
         raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}") from error

@@ -61,7 +61,9 @@ class EpochDraws:
         return cls(order_N, *rest)
 
 
-def augment(images_BCHW: Tensor, positions_B: Tensor, draws: EpochDraws, *, config: TrainConfig, fill_C: Tensor) -> Tensor:
+def augment(
+    images_BCHW: Tensor, positions_B: Tensor, draws: EpochDraws, *, config: TrainConfig, fill_C: Tensor
+) -> Tensor:
     """Padded crop, flip and cutout of uint8 images; float32 [B, C, H, W] in 0 to 255.
 
     `positions_B`: rows of the draws. `fill_C`: the colour cutout leaves behind.

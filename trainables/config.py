@@ -135,7 +135,9 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
         if not separator:
             raise UsageError(f"--set {assignment!r}: wanted FIELD=VALUE, such as dropout=0.1")
         if name not in FIELD_TYPES:
-            raise UsageError(f"--set {assignment!r}: TrainConfig has no field {name!r}; there are {', '.join(FIELD_TYPES)}")
+            raise UsageError(
+                f"--set {assignment!r}: TrainConfig has no field {name!r}; there are {', '.join(FIELD_TYPES)}"
+            )
         try:
             overrides[name] = FIELD_TYPES[name].parse(text)
         except ValueError as error:

@@ -101,9 +101,7 @@ def load_dataset(
     elif name in DATASETS:
         raw = DATASETS[name](Path(data_dir).expanduser(), image_size)
     else:
-        raise UsageError(
-            f"there is no dataset {name!r}; there are {', '.join(DATASETS)}, folder:PATH and parquet:PATH"
-        )
+        raise UsageError(f"there is no dataset {name!r}; there are {', '.join(DATASETS)}, folder:PATH and parquet:PATH")
     return subsample_train(split(_at_size(raw, image_size), val_fraction=val_fraction), train_fraction)
 
 
@@ -121,9 +119,7 @@ def split(data: LabelledImages, *, val_fraction: float | None = None) -> SplitIm
     for label, class_name in enumerate(data.class_names):
         indices = np.flatnonzero(data.labels_N[:official_train] == label)
         indices = np.random.default_rng([label]).permutation(indices)
-        counts = _split_counts(
-            len(indices), class_name, val_fraction=val_fraction, hold_out_test=data.num_test == 0
-        )
+        counts = _split_counts(len(indices), class_name, val_fraction=val_fraction, hold_out_test=data.num_test == 0)
         for part, chunk in zip(parts, np.split(indices, np.cumsum(counts)[:-1]), strict=True):
             parts[part].append(chunk)
     if data.num_test:
@@ -205,7 +201,7 @@ def _at_size(data: LabelledImages, image_size: int | None) -> LabelledImages:
 
 def _digits(data_dir: Path, image_size: int | None) -> LabelledImages:
     """scikit-learn's bundled scans: 1,797 grey 8x8 images of ten digits, no download (UCI, Alpaydin 1998)."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - 0.5 s that no other dataset should pay
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -234,7 +230,7 @@ def _cifar(
                     f"give the folder of {name} as --data-dir"
                 )
             return data
-    from torchvision import datasets  # noqa: PLC0415 - the parquet path does not need it
+    from torchvision import datasets
 
     try:
         with _socket_timeout(DOWNLOAD_TIMEOUT_SECONDS):

@@ -52,9 +52,7 @@ class EncodedImage:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
 
 
-def decode_all(
-    images: Sequence[EncodedImage], *, image_size: int | None
-) -> tuple[Pixels, npt.NDArray[np.bool_], int]:
+def decode_all(images: Sequence[EncodedImage], *, image_size: int | None) -> tuple[Pixels, npt.NDArray[np.bool_], int]:
     """Decode, scale the short side to the size, crop the centre square.
 
     Returns pixels [N, C, S, S] of those that could be read, a mask [len(images)] of which these are, and S.

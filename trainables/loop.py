@@ -35,6 +35,9 @@ P = TypeVar("P", bound=Predictions)
 class Classifier(nn.Module):
     """A backbone that takes images in 0 to 255 and normalizes them itself, so that weights are self-contained."""
 
+    mean_C11: Tensor
+    std_C11: Tensor
+
     def __init__(self, backbone: nn.Module, *, mean_C: Tensor, std_C: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
@@ -96,7 +99,7 @@ class TrainState:
         model = Classifier(backbone, mean_C=mean_C, std_C=std_C)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.multiply_adds = multiply_adds(model, channels=split.channels, image_size=split.image_size)
-        self.model = model.to(data.device, memory_format=torch.channels_last)
+        self.model = model.to(data.device).to(memory_format=torch.channels_last)
         self.ema = ema_of(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.optimizer = sgd(self.model, config)
         self.best_weights: dict[str, Tensor] = {}
@@ -215,7 +218,9 @@ def train_epoch(config: TrainConfig, data: ResidentImages, state: TrainState) ->
     return _remember(config, state, result)
 
 
-def _batch(config: TrainConfig, data: ResidentImages, draws: EpochDraws, positions_B: Tensor) -> tuple[Tensor, MixedLabels]:
+def _batch(
+    config: TrainConfig, data: ResidentImages, draws: EpochDraws, positions_B: Tensor
+) -> tuple[Tensor, MixedLabels]:
     indices_B = data.train_N[positions_B]
     images_BCHW = augment(data.images_NCHW[indices_B], positions_B, draws, config=config, fill_C=data.mean_C)
     labels = MixedLabels(data.labels_N[indices_B])
@@ -230,10 +235,13 @@ def _clean_train_accuracy(data: ResidentImages, model: nn.Module) -> float:
 
 
 def _validation_figures(data: ResidentImages, state: TrainState) -> dict[str, float | None]:
+    names = ("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy")
     if not len(data.split.select):
-        return dict.fromkeys(("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy"))
+        return dict.fromkeys(names)
     select = predictions(state.evaluated, data, SelectPredictions)
     raw = select if state.ema is None else predictions(state.model, data, SelectPredictions)
+    if not (np.isfinite(select.logits_NC).all() and np.isfinite(raw.logits_NC).all()):
+        return dict.fromkeys(names, math.nan)
     log_probs_NC = log_softmax(select.logits_NC)
     return {
         "val_accuracy": accuracy(select.logits_NC, select.labels_N),

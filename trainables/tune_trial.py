@@ -39,7 +39,7 @@ def worker_environment(*, threads: int) -> dict[str, str]:
     }
 
 
-class TuneTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
+class TuneTrial(tune.Trainable):
     """Iterates `run_trial`, a result a step. Reused for the next trial, with data and process kept."""
 
     def setup(self, config: dict[str, Any], data: SplitImages, device: str, threads: int) -> None:

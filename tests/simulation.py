@@ -1,0 +1,118 @@
+"""Searches driven without Ray and without training: the real ledger, store, study and halving, invented curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from optuna.distributions import FloatDistribution
+
+from orchestrator.ledger import Assignment, Ledger
+from orchestrator.plan import SearchPlan
+from orchestrator.search import make_ledger
+from results.schema import EpochResult
+from results.store import Experiment
+from search_spaces.space import Budget, NamedSpace, SearchSpace
+from trainables.config import TrainConfig
+from trainables.datasets import LabelledImages, split
+
+MAX_EPOCHS = 9
+Curve = Callable[[Assignment, int], EpochResult]
+
+
+class Silent:
+    """A console that shows nothing."""
+
+    def changed(self) -> None:
+        """Nothing."""
+
+
+def epoch_result(
+    epoch: int, accuracy: float, *, loss: float = 1.0, nll: float | None = 1.0, best_epoch: int | None = None
+) -> EpochResult:
+    """An epoch with one figure that matters."""
+    return EpochResult(
+        epoch=epoch,
+        lr=0.1,
+        train_loss=loss,
+        train_accuracy=accuracy,
+        clean_train_accuracy=accuracy,
+        val_accuracy=accuracy,
+        val_nll=nll,
+        val_ece=0.1,
+        raw_val_accuracy=accuracy,
+        grad_norm=1.0,
+        epoch_seconds=2.0,
+        images_per_second=50.0,
+        num_parameters=10,
+        multiply_adds=100,
+        peak_memory_bytes=1000,
+        best_epoch=best_epoch or epoch,
+        out_of_patience=False,
+    )
+
+
+def LEARNING(assignment: Assignment, epoch: int) -> EpochResult:  # noqa: N802 - a constant curve
+    """Better with every epoch, and with lower dropout; dropout above .45 diverges at epoch 2."""
+    dropout = float(assignment.config["dropout"] or 0)
+    if dropout > 0.45 and epoch == 2:
+        return epoch_result(epoch, 0.1, loss=math.nan)
+    return epoch_result(epoch, round(0.9 - dropout - 0.3 / epoch, 6))
+
+
+def plan(*, num_trials: int = 8, seed: int = 0, halving: str = "asha") -> SearchPlan:
+    """A search over dropout and weight decay with two baselines."""
+    space = SearchSpace(
+        base=TrainConfig(),
+        dimensions={
+            "dropout": FloatDistribution(0.0, 0.5),
+            "weight_decay": FloatDistribution(1e-5, 1e-2, log=True),
+        },
+        baselines=({"dropout": 0.0}, {"dropout": 0.499}),
+        budget=Budget(num_trials=num_trials, max_epochs=MAX_EPOCHS),
+    )
+    source = NamedSpace("sim", space, "0" * 16)
+    return SearchPlan(source=source, overrides={}, num_trials=num_trials, seed=seed, halving=halving)
+
+
+def new_experiment(results_dir: Path, *, name: str = "sim", num_trials: int = 8) -> Experiment:
+    """An experiment on ten grey squares."""
+    images = np.zeros((20, 1, 4, 4), np.uint8)
+    data = split(LabelledImages(images, np.arange(20) % 2, 0, ("a", "b")))
+    info = plan(num_trials=num_trials).info(name=name, data=data, command="simulated")
+    return Experiment.create(results_dir, name=name, info=info)
+
+
+def ledger_of(experiment: Experiment, *, num_trials: int, seed: int = 0, keep_checkpoints: int = 10) -> Ledger:
+    """The ledger of an experiment that is being driven."""
+    return make_ledger(
+        experiment,
+        plan(num_trials=num_trials, seed=seed),
+        keep_checkpoints=keep_checkpoints,
+        console=Silent(),  # type: ignore[arg-type]
+    )
+
+
+def run_search(experiment: Experiment, curve: Curve, *, num_trials: int, concurrent: int = 2) -> Ledger:
+    """Drive a search to its end, epochs of concurrent trials taking turns."""
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=num_trials)
+        advance(ledger, curve, concurrent=concurrent)
+        return ledger
+
+
+def advance(ledger: Ledger, curve: Curve, *, concurrent: int = 2, steps: int | None = None) -> None:
+    """Let trials report in turns, until none is left or `steps` reports were made."""
+    running: list[tuple[Assignment, int]] = []
+    made = 0
+    while steps is None or made < steps:
+        while len(running) < concurrent and (assignment := ledger.next_trial()) is not None:
+            running.append((assignment, assignment.epochs_recorded))
+        if not running:
+            return
+        assignment, epoch = running.pop(0)
+        made += 1
+        if ledger.report(assignment.trial_id, curve(assignment, epoch + 1), node="here"):
+            running.append((assignment, epoch + 1))

@@ -1,0 +1,338 @@
+"""What a search decides, without Ray: rungs, proposals, retention, and what a resume finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from orchestrator.halving import HALVINGS, Asha
+from orchestrator.plan import check_same_data, resumed
+from orchestrator.proposals import make_sampler
+from results.events import EpochReported, read_events
+from results.schema import EpochResult, UsageError
+from results.store import Experiment
+from search_spaces.space import Budget, NamedSpace, SearchSpace, available, load_space
+from tests.simulation import (
+    LEARNING,
+    MAX_EPOCHS,
+    Assignment,
+    advance,
+    epoch_result,
+    ledger_of,
+    new_experiment,
+    plan,
+    run_search,
+)
+from trainables.config import TrainConfig
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(2, 4), st.integers(1, 30), st.sampled_from(["max", "min"]), st.integers(0, 2**32 - 1)
+)
+def test_asha_decides_as_ray_tunes_scheduler_does(grace: int, factor: int, epochs: int, mode: str, seed: int) -> None:
+    max_epochs = grace + epochs
+    ours = Asha(grace_epochs=grace, max_epochs=max_epochs, factor=factor, mode=mode)
+    rays = AsyncHyperBandScheduler(
+        time_attr="epoch", metric="value", mode=mode, grace_period=grace, max_t=max_epochs, reduction_factor=factor
+    )
+    rng = np.random.default_rng(seed)
+    running = {f"t{i}": 0 for i in range(8)}
+    for trial_id in running:
+        rays.on_trial_add(None, SimpleNamespace(trial_id=trial_id))
+    while running:
+        trial_id = str(rng.choice(list(running)))
+        running[trial_id] += 1
+        epoch, value = running[trial_id], float(np.round(rng.random(), 1))
+        result = {"epoch": epoch, "value": value}
+        theirs = rays.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+        if epoch == max_epochs:
+            del running[trial_id]
+            continue
+        go_on = ours.judge(trial_id, epoch=epoch, value=value).go_on
+        assert go_on == (theirs == TrialScheduler.CONTINUE), (trial_id, epoch, value)
+        if not go_on:
+            del running[trial_id]
+
+
+@pytest.mark.parametrize("name", HALVINGS)
+def test_a_halving_judges_again_as_before_when_replayed(name: str) -> None:
+    def judged() -> list[bool]:
+        halving = HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max")
+        values = np.random.default_rng(5).random((6, 8))
+        return [
+            halving.judge(f"t{t}", epoch=e + 1, value=float(values[t, e])).go_on for e in range(8) for t in range(6)
+        ]
+
+    assert judged() == judged()
+
+
+def test_rungs_of_a_short_budget_begin_at_a_third_of_it() -> None:
+    assert Budget(max_epochs=9).grace == 3
+    assert Asha(grace_epochs=3, max_epochs=9, factor=3, mode="max").rung_epochs == [3]
+    assert Asha(grace_epochs=1, max_epochs=27, factor=3, mode="max").rung_epochs == [1, 3, 9]
+    assert Budget(max_epochs=1).grace == 1
+
+
+def test_every_trial_asked_for_runs_once_baselines_first(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=9)
+    trials = experiment.trials()
+    assert list(trials["trial_id"]) == [f"t{i:05d}" for i in range(9)]
+    assert list(trials["origin"][:2]) == ["baseline", "baseline"]
+    assert list(trials["config.dropout"][:2]) == [0.0, 0.499]
+    assert (trials["origin"] == "model").sum() >= 3  # the startup phase takes a third at most
+    assert trials["seed"].is_unique
+
+
+def test_a_diverged_trial_is_failed_and_the_search_goes_on(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=6)
+    diverged = experiment.trials().set_index("trial_id").loc["t00001"]
+    assert (diverged["status"], diverged["stop_reason"]) == ("failed", "diverged at epoch 2")
+    assert diverged["val_accuracy"] == pytest.approx(0.9 - 0.499 - 0.3)  # of epoch 1, the last finite one
+    assert len(experiment.trials()) == 6
+
+
+def test_stop_reasons_name_the_rung_and_epochs_record_it(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=12)
+    pruned = experiment.trials().query("status == 'pruned'")
+    assert len(pruned)
+    assert set(pruned["stop_reason"]) == {"rung 1"}
+    epochs = experiment.epochs()
+    at_rung = epochs[epochs["rung"].notna()]
+    assert set(at_rung["epoch"]) == {3}
+    assert (at_rung.query("decision == 'stop'")["trial_id"].tolist()) == pruned["trial_id"].tolist()
+
+
+def test_an_epoch_reported_again_changes_nothing(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=1)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        for epoch in (1, 2):
+            assert ledger.report(assignment.trial_id, LEARNING(assignment, epoch), node="a")
+        assert ledger.report(assignment.trial_id, epoch_result(1, 0.123), node="b")
+        assert ledger.report(assignment.trial_id, LEARNING(assignment, 3), node="b")
+    assert [e.result for e in read_events(experiment.root / "events") if isinstance(e, EpochReported)] == [
+        LEARNING(assignment, epoch) for epoch in (1, 2, 3)
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(stops=st.lists(st.integers(0, 25), min_size=1, max_size=4))
+def test_a_search_stopped_anywhere_and_resumed_is_complete(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int]
+) -> None:
+    experiment = new_experiment(tmp_path_factory.mktemp("runs"))
+    ended: dict[str, object] = {}
+    for steps in [*stops, None]:
+        with experiment.driving():
+            ledger = ledger_of(experiment, num_trials=7)
+            assert rung_state(ledger.halving) == rungs_recomputed(experiment)
+            advance(ledger, LEARNING, steps=steps)
+        rows = {row["trial_id"]: repr(row) for row in experiment.trials().to_dict("records")}
+        assert {k: rows[k] for k in ended} == ended
+        ended = rows
+    assert sorted(ended) == [f"t{i:05d}" for i in range(7)]
+    epochs = experiment.epochs()
+    assert not epochs.duplicated(["trial_id", "epoch"]).any()
+    assert list(experiment.trials()["origin"]).count("baseline") == 2
+    assert rung_state(ledger.halving) == rungs_recomputed(experiment)
+
+
+def rung_state(halving: object) -> list[dict[str, float]]:
+    assert isinstance(halving, Asha)
+    return halving.rungs
+
+
+def rungs_recomputed(experiment: Experiment) -> list[dict[str, float]]:
+    """The rung of epoch 3, from the figures in the log alone."""
+    rung = {}
+    for event in read_events(experiment.root / "events"):
+        if isinstance(event, EpochReported) and event.result.epoch == MAX_EPOCHS // 3:
+            assert event.result.val_accuracy is not None
+            rung[event.trial_id] = event.result.val_accuracy
+    return [rung]
+
+
+def test_a_decision_lost_in_a_crash_is_made_at_the_resume(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=1)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        for epoch in range(1, MAX_EPOCHS):
+            ledger.report(assignment.trial_id, LEARNING(assignment, epoch), node="")
+        last = LEARNING(assignment, MAX_EPOCHS)
+        experiment.record(EpochReported(at=1.0, trial_id=assignment.trial_id, node="", result=last))
+    with experiment.driving():
+        assert ledger_of(experiment, num_trials=1).finished
+    assert experiment.trials()["status"].tolist() == ["completed"]
+
+
+def test_a_resumed_sampler_draws_new_points(tmp_path: Path) -> None:
+    seeds = {make_sampler(num_trials=24, seed=0, trials_so_far=n)._rng.rng.randint(2**31) for n in range(5)}
+    assert len(seeds) == 5
+    experiment = new_experiment(tmp_path)
+    for steps in (30, None):
+        with experiment.driving():
+            advance(ledger_of(experiment, num_trials=8), LEARNING, steps=steps)
+    drawn = experiment.trials().query("origin != 'baseline'")["config.dropout"]
+    assert drawn.is_unique
+
+
+def test_startup_is_at_most_a_third() -> None:
+    assert [make_sampler(num_trials=n, seed=0, trials_so_far=0)._n_startup_trials for n in (1, 3, 24, 300)] == [
+        0,
+        1,
+        8,
+        10,
+    ]
+
+
+def test_only_the_best_checkpoints_are_kept_and_rows_say_so(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=8, keep_checkpoints=2)
+
+        def curve(assignment: Assignment, epoch: int) -> EpochResult:
+            for path in (experiment.files(assignment.trial_id).best, experiment.files(assignment.trial_id).resume):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("weights")
+            return LEARNING(assignment, epoch)
+
+        advance(ledger, curve)
+    trials = experiment.trials()
+    kept = trials[trials["checkpoint"] != ""]
+    best = trials.query("status == 'completed'").nlargest(2, "val_accuracy")
+    assert set(kept["trial_id"]) == set(best["trial_id"])
+    on_disk = {str(p.relative_to(experiment.root)) for p in experiment.root.glob("checkpoints/*/*")}
+    assert on_disk == set(kept["checkpoint"])
+
+
+def test_a_crashed_trial_is_told_as_failed(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=1)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        ledger.retried(assignment.trial_id, "first")
+        ledger.retried(assignment.trial_id, "second")
+        ledger.failed(assignment.trial_id, "Traceback: boom")
+        assert ledger.finished
+    row = experiment.trials().iloc[0]
+    assert (row["status"], row["stop_reason"], row["error"], row["retries"]) == (
+        "failed",
+        "error",
+        "Traceback: boom",
+        2,
+    )
+
+
+# --- search spaces ---
+
+
+@pytest.mark.parametrize("name", available())
+def test_spaces_cover_regularization_strength_and_have_baselines(name: str) -> None:
+    space = load_space(name).space
+    assert {"dropout", "weight_decay", "mixup_alpha", "lr", "label_smoothing"} <= set(space.dimensions)
+    for field in ("weight_decay", "lr"):
+        distribution = space.dimensions[field]
+        assert isinstance(distribution, FloatDistribution)
+        assert distribution.log
+    assert space.complete_baselines()
+
+
+def test_a_field_that_is_set_is_no_longer_searched() -> None:
+    space = load_space("digits").space.with_overrides({"dropout": 0.3, "max_epochs": 27}, num_trials=5)
+    assert "dropout" not in space.dimensions
+    assert space.base.dropout == 0.3
+    assert (space.budget.num_trials, space.base.max_epochs, space.budget.grace) == (5, 27, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "does not define SPACE; wanted SPACE = SearchSpace"),
+        ("SPACE = 3", "defines SPACE as a int"),
+        ("\n\n1 / 0", r"mine.py, line 3: ZeroDivisionError: division by zero"),
+        ("def f(:", r"mine.py, line 1: SyntaxError"),
+        ("import sys; sys.exit(4)", "line 1: SystemExit: 4"),
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+    ],
+)
+def test_a_space_file_that_is_none_says_why(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_space(str(path))
+
+
+def test_unknown_spaces_list_the_choices() -> None:
+    with pytest.raises(UsageError, match="no search space 'cifra'; there are cifar10, cifar100, digits"):
+        load_space("cifra")
+    with pytest.raises(UsageError, match="there is no file"):
+        load_space("nowhere.py")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimensions": {"droput": FloatDistribution(0, 1)}}, "'droput' is not a field of TrainConfig"),
+        ({"dimensions": {"dataset": FloatDistribution(0, 1)}}, "'dataset' cannot vary within a search"),
+        ({"baselines": ({"dropout": 0.9},)}, "dropout=0.9 lies outside"),
+        ({"baselines": ({"lr": 0.1},)}, "sets lr, which are not dimensions"),
+        ({"metric": "test_accuracy"}, "wanted one of val_accuracy, val_nll"),
+    ],
+)
+def test_wrong_spaces_say_what_is_wrong(change: dict[str, object], message: str) -> None:
+    arguments = {"base": TrainConfig(), "dimensions": {"dropout": FloatDistribution(0, 0.5)}, **change}
+    with pytest.raises(UsageError, match=message):
+        SearchSpace(**arguments)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_budgets_are_whole_and_positive(value: object) -> None:
+    with pytest.raises(UsageError, match=f"num_trials={value!r}: wanted a whole number, 1 or more"):
+        Budget(num_trials=value)
+
+
+def test_a_resume_with_a_changed_space_says_what_changed(tmp_path: Path) -> None:
+    info = new_experiment(tmp_path).info
+    space = plan().source.space
+    wider = SearchSpace(
+        base=space.base,
+        dimensions={**space.dimensions, "dropout": FloatDistribution(0.0, 0.6)},
+        baselines=space.baselines,
+        budget=space.budget,
+    )
+    changed = type(plan())(
+        source=NamedSpace("sim", wider, ""), overrides={"lr": 0.2}, num_trials=None, seed=0, halving="asha"
+    )
+    with pytest.raises(UsageError, match=r"base.lr was 0.1 and is 0.2; dimensions.dropout was .*high=0.5.* is .*0.6"):
+        resumed(changed, info, seed=None, halving=None)
+    with pytest.raises(UsageError, match=r"seed was 0 and is 7; halving was asha and is none"):
+        resumed(plan(), info, seed=7, halving="none")
+    longer = resumed(plan(num_trials=50), info, seed=None, halving=None)
+    assert longer.space.budget.num_trials == 50
+
+
+def test_a_resume_on_other_data_is_refused(tmp_path: Path, digits: object) -> None:
+    with pytest.raises(UsageError, match="images or splits of digits are not those"):
+        check_same_data(new_experiment(tmp_path).info, digits)  # type: ignore[arg-type]
+
+
+def test_a_search_needs_validation() -> None:
+    source = NamedSpace("x", load_space("digits").space, "")
+    with pytest.raises(UsageError, match="val_fraction=0 leaves none"):
+        type(plan())(source=source, overrides={"val_fraction": 0.0}, num_trials=1, seed=0, halving="asha")
