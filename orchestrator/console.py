@@ -56,6 +56,7 @@ class SearchConsole:
         self._ended_before = 0
         self._epochs_before = 0
         self._shown: set[str] = set()
+        self._retries_shown: dict[str, int] = {}
         self._live: Live | None = None
 
     def watching(self, ledger: Ledger) -> AbstractContextManager[object]:
@@ -63,6 +64,7 @@ class SearchConsole:
         self._ledger = ledger
         ended = ledger.experiment.history.ended
         self._shown = {trial.trial_id for trial in ended}
+        self._retries_shown = {t.trial_id: t.retries for t in ledger.experiment.history.trials.values()}
         self._ended_before = len(ended)
         self._epochs_before = self._num_epochs()
         self._started = time.monotonic()
@@ -75,7 +77,12 @@ class SearchConsole:
         """Something happened in the ledger."""
         if self._ledger is None:
             return
-        for trial in self._ledger.experiment.history.ended:
+        history = self._ledger.experiment.history
+        for trial in history.trials.values():
+            if trial.retries > self._retries_shown.get(trial.trial_id, 0):
+                self._retries_shown[trial.trial_id] = trial.retries
+                self._console.print(f"{trial.trial_id}  worker failed, going on from its checkpoint", highlight=False)
+        for trial in history.ended:
             if trial.trial_id not in self._shown:
                 self._shown.add(trial.trial_id)
                 self._console.print(Text(self._line(trial)), soft_wrap=True)

@@ -125,6 +125,8 @@ class Ledger:
         An epoch that is in the log already (a worker went on from its checkpoint) changes nothing.
         """
         trial = self.experiment.history.trials[trial_id]
+        if trial.ended is not None:
+            return False
         if result.epoch > trial.last_epoch:
             reported = EpochReported(at=time.time(), trial_id=trial_id, node=node, result=result)
             self._record(reported, *self._conclusions(trial_id, result))

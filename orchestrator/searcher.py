@@ -90,10 +90,10 @@ class LedgerScheduler(FIFOScheduler):
         return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
-        """A worker died or raised: Tune tries again unless it has done so too often (its own condition)."""
+        """A worker died or raised. Tune has stopped the trial before it tells of a failure it will retry, not else."""
         try:
             text = _error_text(trial)
-            if trial.status == Trial.RUNNING and trial.should_recover():
+            if trial.status == Trial.ERROR:
                 self._ledger.retried(_trial_id(trial), text)
             else:
                 self._ledger.failed(_trial_id(trial), text)
