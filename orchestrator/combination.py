@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import logsumexp
+from scipy.stats import rankdata
 
 from results.schema import FloatArray, IntArray
 from trainables.evaluation import Probabilities, log_softmax
@@ -52,8 +53,11 @@ def vote(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combined:
 
 
 def rank(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combined:
-    """The weighted sum of each member's class ranks (Borda); ties go to the higher mean probability."""
-    ranks_MNC = log_probs_MNC.argsort(2).argsort(2).astype(np.float64)
+    """The weighted sum of each member's class ranks (Borda count); ties go to the higher mean probability.
+
+    Classes a member finds equally likely share the mean of their ranks.
+    """
+    ranks_MNC = rankdata(log_probs_MNC, axis=2, method="average")
     sums_NC = np.tensordot(weights_M, ranks_MNC, axes=1)
     return Combined(np.round(sums_NC, 9) + 1e-6 * np.exp(mean(log_probs_MNC, weights_M).scores_NC), None)
 

@@ -77,7 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     cli.add_results_dir(parser)
     parser.add_argument("--seed", type=cli.count_or_zero, help=f"default: {DEFAULT_SEED}")
     parser.add_argument("--resume", action="store_true", help="go on with an experiment that exists")
-    parser.add_argument("--halving", help=f"early stopping: {', '.join(HALVINGS)} (default: asha)")
+    parser.add_argument("--halving", choices=list(HALVINGS), help="early stopping (default: asha)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--cpus-per-trial", type=cli.count, default=1)
     parser.add_argument("--gpus-per-trial", type=cli.positive, help="default: 1 on cuda; fractions share a GPU")

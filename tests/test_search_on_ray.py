@@ -94,9 +94,7 @@ def fresh_logits(trial: TrialStarted, digits: SplitImages, folder: Path) -> np.n
     from trainables.datasets import load_dataset  # noqa: PLC0415 - only here
 
     config = TrainConfig(**trial.config)
-    data = load_dataset(
-        "digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction
-    )
+    data = load_dataset("digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction)
     files = TrialFiles(str(folder), trial.trial_id, 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -282,9 +280,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_search_and_it_resumes_when_there_is_room(
-    small_disk: Path, command: CommandLine
-) -> None:
+def test_a_full_disk_ends_the_search_and_it_resumes_when_there_is_room(small_disk: Path, command: CommandLine) -> None:
     arguments = ["digits", "--results-dir", str(small_disk), "--num-trials", "4", "--max-epochs", "6"]
     full = command("orchestrator.search", *arguments)
     assert full.returncode == 1, full.stdout + full.stderr
@@ -307,7 +303,10 @@ def test_a_search_and_its_ensemble_from_the_command_line(tmp_path: Path, command
     assert next_command[:3] == ["python", "-m", "orchestrator.ensemble"]
     made = command("orchestrator.ensemble", *next_command[3:])
     assert made.returncode == 0, made.stdout + made.stderr
-    for heading in ("estimate: read once, after choosing (117 images)", "test: scored once, never chosen on (359 images)"):
+    for heading in (
+        "estimate: read once, after choosing (117 images)",
+        "test: scored once, never chosen on (359 images)",
+    ):
         assert heading in made.stdout
     root = tmp_path / "results" / "runs" / "digits"
     scores = pd.read_parquet(root / "ensembles" / "e0001" / "scores.parquet")

@@ -174,9 +174,7 @@ def test_an_images_augmentation_does_not_depend_on_its_batch(noise_images: Split
 
     def augmented(positions: list[int]) -> torch.Tensor:
         index = torch.tensor(positions)
-        return augment(
-            data.images_NCHW[data.train_N[index]], index, draws, config=config, fill_C=data.mean_C
-        )
+        return augment(data.images_NCHW[data.train_N[index]], index, draws, config=config, fill_C=data.mean_C)
 
     together = augmented(list(range(num_images)))
     assert torch.equal(augmented([5, 2]), together[[5, 2]])

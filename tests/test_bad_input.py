@@ -1,0 +1,171 @@
+"""Wrong usage gets one clear sentence and status 2, no traceback, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import cli, ensemble, rebuild, search
+from results.schema import DataWarning, UsageError
+from results.store import Experiment
+from tests.conftest import CommandLine
+from tests.simulation import LEARNING, new_experiment, run_search
+
+
+def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """What a command line would exit with and print on standard error."""
+    try:
+        status = main(arguments)  # type: ignore[operator]
+    except UsageError as error:
+        return cli.WRONG_USAGE, str(error)
+    except SystemExit as error:
+        return int(error.code or 0), capsys.readouterr().err
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifra"], "no search space 'cifra'; there are cifar10, cifar100, digits"),
+        (["digits", "--dataset", "mnist"], "no dataset 'mnist'; there are digits, cifar10, cifar100, folder:PATH"),
+        (["digits", "--backbone", "vgg"], "no backbone 'vgg'; there are small_cnn, efficient200k, resnet18"),
+        (["digits", "--set", "backbone=vgg"], "no backbone 'vgg'"),
+        (["digits", "--set", "droput=1"], "no field 'droput'; there are dataset"),
+        (["digits", "--set", "dropout=2"], r"dropout=2.0: wanted a number in [0, 1)"),
+        (["digits", "--num-trials", "0"], "'0': wanted a whole number, 1 or more"),
+        (["digits", "--num-trials", "-3"], "wanted a whole number, 1 or more"),
+        (["digits", "--max-epochs", "0"], "wanted a whole number, 1 or more"),
+        (["digits", "--train-fraction", "0"], "'0': wanted a fraction in (0, 1]"),
+        (["digits", "--train-fraction", "1.5"], "wanted a fraction in (0, 1]"),
+        (["digits", "--halving", "half"], "invalid choice: 'half'"),
+        (["digits", "--name", "a/b"], "'a/b' is not a name"),
+        (["digits", "--resume", "--name", "gone"], "there is no experiment 'gone'"),
+        (["digits", "--results-dir", "s3://bucket"], "object stores are not supported yet"),
+        (["digits", "--dataset", "folder:nowhere"], "is not a folder"),
+        (["digits", "--dataset", "parquet:nowhere"], "no parquet files"),
+    ],
+)
+def test_wrong_searches_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, error = status_and_error(search.main, arguments, capsys)
+    assert status == 2
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--selection", "best"], "invalid choice: 'best' (choose from diverse, greedy, top, random)"),
+        (["--combiner", "sum"], "invalid choice: 'sum' (choose from mean, weighted, vote"),
+        (["--top-k", "0"], "'0': wanted a whole number, 1 or more"),
+        (["--experiment", "gone"], "there is no experiment 'gone'"),
+    ],
+)
+def test_wrong_ensembles_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_search(new_experiment(tmp_path), LEARNING, num_trials=4)
+    status, error = status_and_error(ensemble.main, ["--results-dir", str(tmp_path), *arguments], capsys)
+    assert status == 2
+    assert message in error.replace("'diverse', 'greedy', 'top', 'random'", "diverse, greedy, top, random").replace(
+        "'mean', 'weighted', 'vote'", "mean, weighted, vote"
+    )
+
+
+def test_an_ensemble_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no experiments in .*; make one with python -m orchestrator.search digits"):
+        ensemble.main(["--results-dir", str(tmp_path)])
+    run_search(new_experiment(tmp_path), LEARNING, num_trials=4)  # simulated: no predictions
+    with pytest.raises(UsageError, match=r"no experiment in .* has two or more completed trials"):
+        ensemble.main(["--results-dir", str(tmp_path)])
+
+
+def test_too_few_completed_trials_offers_the_stopped_ones(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_with_predictions(experiment, num_trials=10)
+    trials = experiment.trials()
+    completed, stopped = ((trials["status"] == s).sum() for s in ("completed", "pruned"))
+    assert completed < 9 <= completed + stopped
+    with pytest.raises(
+        UsageError,
+        match=rf"--top-k 9 but only {completed} completed trials in sim; lower it, search longer, "
+        rf"or add --include-stopped for {stopped} more",
+    ):
+        ensemble.main(["--results-dir", str(tmp_path), "--top-k", "9"])
+    assert ensemble.main(["--results-dir", str(tmp_path), "--top-k", "9", "--include-stopped"]) == 0
+
+
+def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:
+    """A simulated search whose trials have stored predictions."""
+    import numpy as np  # noqa: PLC0415
+
+    from results.schema import PREDICTIONS, EpochResult  # noqa: PLC0415
+    from tests.simulation import Assignment, advance, ledger_of  # noqa: PLC0415
+
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=num_trials)
+
+        def curve(assignment: Assignment, epoch: int) -> EpochResult:
+            rng = np.random.default_rng(int(assignment.trial_id[1:]))
+            labels = np.arange(60) % 2
+            parts = [
+                kind((np.eye(2)[labels] + rng.normal(size=(60, 2))).astype(np.float16), labels, np.arange(60))
+                for kind in PREDICTIONS.values()
+            ]
+            experiment.files(assignment.trial_id).write_predictions(parts, variant="best")
+            return LEARNING(assignment, epoch)
+
+        advance(ledger, curve)
+
+
+def test_damaged_predictions_are_named_and_the_others_used(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_with_predictions(experiment, num_trials=10)
+    completed = experiment.trials().query("status == 'completed'")["trial_id"].tolist()
+    path = experiment.root / "predictions" / f"{completed[0]}.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.warns(DataWarning, match=rf"{completed[0]}.parquet is missing or damaged"):
+        assert ensemble.main(["--results-dir", str(tmp_path), "--top-k", "2"]) == 0
+    assert f"sim/{completed[0]}" not in Experiment.open(tmp_path, "sim").history.ensembles[0].members
+
+
+def test_experiments_with_other_splits_are_not_pooled(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run_with_predictions(new_experiment(tmp_path, name=name), num_trials=6)
+    arguments = ["--results-dir", str(tmp_path), "--top-k", "3", "--experiment", "one", "two"]
+    assert ensemble.main(arguments) == 0
+    log = next((tmp_path / "two" / "events").iterdir())
+    text = log.read_text()
+    old = Experiment.open(tmp_path, "two").info["split_hash"]
+    log.write_text(text.replace(old, "f" * 16))
+    with pytest.raises(UsageError, match=r"different splits and cannot be pooled: one .*, two ffff"):
+        ensemble.main(arguments)
+
+
+def test_an_experiment_that_is_being_searched_cannot_be_ensembled(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_with_predictions(experiment, num_trials=6)
+    with experiment.driving(), pytest.raises(UsageError, match="being written to by another process"):
+        ensemble.main(["--results-dir", str(tmp_path), "--top-k", "2"])
+
+
+def test_rebuild_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_search(new_experiment(tmp_path), LEARNING, num_trials=3)
+    assert rebuild.main(["sim", "--results-dir", str(tmp_path)]) == 0
+    assert "sim: rebuilt 3 rows of trials/" in capsys.readouterr().out
+
+
+def test_errors_reach_the_user_as_one_line_and_status_2(command: CommandLine) -> None:
+    done = command("orchestrator.search", "cifra")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no search space 'cifra'")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
