@@ -6,7 +6,8 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import optuna
@@ -22,10 +23,49 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived."""
 
 
+class Interrupts:
+    """SIGINT and SIGTERM: raised where they arrive, or, while deferred, where `check` is called.
+
+    An exception out of a signal handler tears what it hits: a record half written, or Ray's compiled code, which
+    then ends in a SystemError. A second signal changes nothing; SIGKILL is always safe.
+    """
+
+    def __init__(self) -> None:
+        self._arrived = False
+        self._deferred = False
+
+    def listen(self) -> None:
+        """Handle both signals from now on."""
+        self._arrived = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self._arrived = not self._arrived, True
+        if first and not self._deferred:
+            raise Interrupted
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block signals are only noted, for `check`."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has arrived."""
+        if self._arrived:
+            raise Interrupted
+
+
+INTERRUPTS = Interrupts()
+
+
 def run(main: Callable[[], int]) -> None:
     """Exit with `main`'s status; UsageErrors as one line and status 2."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    INTERRUPTS.listen()
     warnings.filterwarnings("always", category=DataWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # the fields it does not use
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -39,13 +79,6 @@ def run(main: Callable[[], int]) -> None:
         status = INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Once: what is being put in order must not be torn by impatience. SIGKILL loses nothing either.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

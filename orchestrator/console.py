@@ -12,10 +12,10 @@ from rich.text import Text
 
 from orchestrator.ledger import Ledger
 from results.history import TrialHistory
-from results.schema import Scalar
+from results.schema import Scalar, Status
 
 LEADERS = 5
-MARKS = {"completed": "done", "pruned": "stopped", "failed": "failed"}
+MARKS: dict[Status, str] = {"completed": "done", "pruned": "stopped", "failed": "failed"}
 
 
 def duration(seconds: float) -> str:
@@ -57,6 +57,7 @@ class SearchConsole:
         self._epochs_before = 0
         self._shown: set[str] = set()
         self._retries_shown: dict[str, int] = {}
+        self._best_shown: str | None = None
         self._live: Live | None = None
 
     def watching(self, ledger: Ledger) -> AbstractContextManager[object]:
@@ -74,18 +75,37 @@ class SearchConsole:
         return nullcontext()
 
     def changed(self) -> None:
-        """Something happened in the ledger."""
+        """Something happened in the ledger: print a line for what has ended, failed or become the best."""
         if self._ledger is None:
             return
         history = self._ledger.experiment.history
         for trial in history.trials.values():
             if trial.retries > self._retries_shown.get(trial.trial_id, 0):
                 self._retries_shown[trial.trial_id] = trial.retries
-                self._console.print(f"{trial.trial_id}  worker failed, going on from its checkpoint", highlight=False)
+                self._print(f"{trial.trial_id}  its worker failed; going on from the checkpoint")
         for trial in history.ended:
             if trial.trial_id not in self._shown:
                 self._shown.add(trial.trial_id)
-                self._console.print(Text(self._line(trial)), soft_wrap=True)
+                self._print(self._line(trial))
+                self._print_new_best()
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+    def _print_new_best(self) -> None:
+        best = self._best_line()
+        if best is not None and best != self._best_shown and self._live is None:
+            self._best_shown = best
+            self._print(best)
+
+    def _best_line(self) -> str | None:
+        assert self._ledger is not None
+        completed = [t for t in self._ledger.experiment.history.ended if t.ended and t.ended.status == "completed"]
+        if not completed:
+            return None
+        leader = self._ledger.ranked(completed)[0]
+        value = getattr(leader.best, self._metric)
+        return f"best so far: {leader.trial_id}  {self._metric} {value:.4f}  {settings(leader.started.params)}"
 
     def _num_epochs(self) -> int:
         assert self._ledger is not None
@@ -97,19 +117,18 @@ class SearchConsole:
         if trial.ended.stop_reason:
             what += f" ({trial.ended.stop_reason})"
         best = getattr(trial.best, self._metric) if trial.best else float("nan")
-        return (
-            f"{trial.trial_id}  {what:<18} {self._metric} {best:.4f} after {trial.last_epoch} epochs  "
-            f"{settings(trial.started.params)}   [{self._progress()}]"
-        )
+        return f"{trial.trial_id}  {what:<16}  {best:.4f} after {trial.last_epoch} epochs  {self._progress()}"
 
     def _progress(self) -> str:
         assert self._ledger is not None
-        ended = self._ledger.experiment.history.ended
-        parts = [f"{len(ended)}/{self._num_trials} ended", f"{len(self._ledger.running)} running"]
+        statuses = [t.ended.status for t in self._ledger.experiment.history.ended if t.ended]
+        counts = ", ".join(f"{statuses.count(s)} {mark}" for s, mark in MARKS.items() if statuses.count(s))
+        parts = [f"{len(statuses)}/{self._num_trials}" + (f": {counts}" if counts else "")]
+        parts.append(f"{len(self._ledger.running)} running")
         left = self._seconds_left()
         if left is not None:
             parts.append(f"about {duration(left)} left")
-        return ", ".join(parts)
+        return f"[{', '.join(parts)}]"
 
     def _seconds_left(self) -> float | None:
         """From the epochs a second of this driver and the epochs an ended trial takes on average."""
@@ -126,27 +145,15 @@ class SearchConsole:
     def _panel(self) -> Table:
         assert self._ledger is not None
         history = self._ledger.experiment.history
-        counts = {what: sum(t.ended is not None and t.ended.status == what for t in history.ended) for what in MARKS}
         grid = Table.grid()
-        line = f"{len(self._ledger.running)} running, {counts['completed']} done, {counts['pruned']} stopped early"
-        if counts["failed"]:
-            line += f", {counts['failed']} failed"
-        left = self._seconds_left()
-        line += f" of {self._num_trials} trials, {duration(time.monotonic() - self._started)}"
-        grid.add_row(Text(line + (f", about {duration(left)} left" if left is not None else "")))
-        leaders = self._ledger.ranked([t for t in history.trials.values() if t.best])
-        if leaders and leaders[0].best:
-            best = getattr(leaders[0].best, self._metric)
-            grid.add_row(
-                Text(
-                    f"best so far: {leaders[0].trial_id} {self._metric} {best:.4f}  "
-                    f"{settings(leaders[0].started.params)}"
-                )
-            )
+        grid.add_row(Text(f"{self._progress()} after {duration(time.monotonic() - self._started)}"))
+        best = self._best_line()
+        if best is not None:
+            grid.add_row(Text(best))
         for trial in history.unfinished:
             if trial.trial_id in self._ledger.running:
                 value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"
-                grid.add_row(Text(f"{trial.trial_id} epoch {trial.last_epoch}: {value}", style="dim"))
+                grid.add_row(Text(f"{trial.trial_id}  epoch {trial.last_epoch}: {self._metric} {value}", style="dim"))
         return grid
 
 

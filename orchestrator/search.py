@@ -8,16 +8,12 @@ python -m orchestrator.search ./mine.py --dataset folder:photos --backbone resne
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-import ray
-import torch
-from ray import tune
 from rich.console import Console
 
 from orchestrator import cli
@@ -26,26 +22,15 @@ from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
-from orchestrator.searcher import LedgerScheduler, LedgerSearcher
+from orchestrator.searcher import choose_resources, fit, ray_cluster
 from results.events import ExperimentResumed, ExperimentStopped
-from results.schema import Scalar, UsageError
-from results.store import Experiment
+from results.schema import Scalar
+from results.store import DEFAULT_RESULTS_DIR, Experiment
 from search_spaces.space import load_space
-from trainables.backbones import check_backbone
 from trainables.config import parse_overrides
 from trainables.datasets import SplitImages, load_dataset
-from trainables.tune_trial import TuneTrial, worker_environment
 
-RETRIES = 2
 DEFAULT_SEED = 0
-TUNE_SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log is what is kept; Tune's own files are thrown away
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end with status 0 and unfinished trials
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -97,8 +82,6 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
     for field in ("dataset", "backbone", "train_fraction", "max_epochs"):
         if getattr(args, field) is not None:
             overrides[field] = getattr(args, field)
-    if args.backbone is not None:
-        check_backbone(args.backbone)
     return SearchPlan(
         source=load_space(args.space),
         overrides=overrides,
@@ -106,22 +89,6 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         seed=DEFAULT_SEED if args.seed is None else args.seed,
         halving=args.halving or "asha",
     )
-
-
-def open_experiment(args: argparse.Namespace) -> tuple[Experiment, SearchPlan, SplitImages]:
-    """A new experiment, or an old one to go on with, and the data it is about."""
-    plan = plan_from(args)
-    name = args.name or plan.source.name
-    if args.resume:
-        experiment = Experiment.open(args.results_dir, name)
-        plan = resumed(plan, experiment.info, seed=args.seed, halving=args.halving)
-        data = load_data(plan, args.data_dir)
-        check_same_data(experiment.info, data)
-        return experiment, plan, data
-    Experiment.check_new(args.results_dir, name)
-    data = load_data(plan, args.data_dir)
-    info = plan.info(name=name, data=data, command=command_line())
-    return Experiment.create(args.results_dir, name=name, info=info), plan, data
 
 
 def load_data(plan: SearchPlan, data_dir: str) -> SplitImages:
@@ -166,125 +133,102 @@ def make_ledger(experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: i
     )
 
 
-def start_ray(args: argparse.Namespace) -> None:
-    """Connect to a cluster, or start a local one whose workers inherit this process's environment."""
-    environment = worker_environment(threads=args.cpus_per_trial)
-    os.environ.update(TUNE_SETTINGS)
-    address = args.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address:
-        ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
-    else:
-        os.environ.update(environment)
-        ray.init(address="local", include_dashboard=False, **quiet)
-
-
-def choose_device(wanted: str) -> str:
-    """The device of the trials; a cluster's GPUs count, whatever this machine has."""
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if wanted == "cuda" and not has_gpu:
-        raise UsageError("--device cuda, but Ray sees no GPU; give --device cpu, or an --address with GPUs")
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps, but torch has no mps here; give --device cpu")
-    if wanted != "auto":
-        return wanted
-    return "cuda" if has_gpu else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def fit(ledger: Ledger, data: SplitImages, args: argparse.Namespace) -> None:
-    """Run Tune until the ledger has no more trials. Raises what kept the ledger from recording."""
-    device = choose_device(args.device)
-    gpus = (args.gpus_per_trial or 1.0) if device == "cuda" else 0.0
-    available = ray.cluster_resources()
-    room = available.get("GPU", 0) / gpus if gpus else available.get("CPU", 1) / args.cpus_per_trial
-    if room < 1 and not args.address:
-        raise UsageError(
-            f"a trial wants {args.cpus_per_trial} CPUs and {gpus:g} GPUs, more than this machine has; lower them"
-        )
-    max_concurrent = args.max_concurrent or max(1, int(room))
-    # Tune keeps a single trial pending by default, which leaves workers idle when trials are short.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max_concurrent)
-    trainable = tune.with_parameters(TuneTrial, data=data, device=device, threads=args.cpus_per_trial)
-    scheduler = LedgerScheduler(ledger)
-    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": args.cpus_per_trial, "gpu": gpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(ledger, max_concurrent=max_concurrent),
-                scheduler=scheduler,
-                num_samples=-1,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                verbose=0,
-                storage_path=scratch,
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        try:
-            tuner.fit()
-        except Exception as error:
-            if scheduler.failure is not None:
-                raise scheduler.failure from error
-            raise
-
-
 def drive(
-    experiment: Experiment, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console
+    experiment: Experiment | None, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console
 ) -> Ledger:
-    """Run the search as the experiment's one driver. Returns its ledger when every trial has ended."""
-    with experiment.driving():
-        if args.resume:
-            budget = plan.space.budget.num_trials
-            changes = {"space": {**experiment.info["space"], **plan.space.describe()}, **provenance(command_line())}
-            experiment.record(ExperimentResumed(at=time.time(), changes=changes))
-            console.print(f"resuming {experiment.name}: {len(experiment.history.ended)} of {budget} trials have ended")
+    """Search as the experiment's one driver; a new experiment is made once Ray has what the trials want."""
+    with ExitStack() as stack:
+        stack.enter_context(cli.INTERRUPTS.deferred())
+        if experiment is not None:
+            stack.enter_context(experiment.driving())
+            experiment.record(ExperimentResumed(at=time.time(), changes=what_a_resume_changes(experiment, plan)))
+            ended = len(experiment.history.ended)
+            console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
+        stack.enter_context(ray_cluster(args.address, threads=args.cpus_per_trial))
+        cli.INTERRUPTS.check()
+        resources = choose_resources(
+            args.device,
+            cpus_per_trial=args.cpus_per_trial,
+            gpus_per_trial=args.gpus_per_trial,
+            max_concurrent=args.max_concurrent,
+        )
+        if experiment is None:
+            name = experiment_name(args, plan)
+            info = plan.info(name=name, data=data, command=command_line())
+            experiment = Experiment.create(args.results_dir, name=name, info=info)
+            stack.enter_context(experiment.driving())
         shown = SearchConsole(console, num_trials=plan.space.budget.num_trials, metric=plan.space.metric)
         ledger = make_ledger(experiment, plan, keep_checkpoints=args.keep_checkpoints, console=shown)
         if not ledger.finished:
-            start_ray(args)
-            try:
-                with shown.watching(ledger):
-                    fit(ledger, data, args)
-            finally:
-                ray.shutdown()
+            with shown.watching(ledger):
+                fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
         if ledger.finished:
             experiment.record(ExperimentStopped(at=time.time(), state="finished"))
         return ledger
+
+
+def what_a_resume_changes(experiment: Experiment, plan: SearchPlan) -> dict[str, object]:
+    """What `experiment.json` says anew: a search may be made longer, and go on with other versions."""
+    return {"space": {**experiment.info["space"], **plan.space.describe()}, **provenance(command_line())}
+
+
+def experiment_name(args: argparse.Namespace, plan: SearchPlan) -> str:
+    """The name given, or the space's."""
+    return str(args.name or plan.source.name)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a search. Returns the exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     console = cli.make_console()
-    experiment, plan, data = open_experiment(args)
+    plan = plan_from(args)
+    name = experiment_name(args, plan)
+    experiment = None
+    if args.resume:
+        experiment = Experiment.open(args.results_dir, name)
+        plan = resumed(plan, experiment.info, seed=args.seed, halving=args.halving)
+    else:
+        Experiment.check_new(args.results_dir, name)
+    data = load_data(plan, args.data_dir)
+    if experiment is not None:
+        check_same_data(experiment.info, data)
     sizes = ", ".join(f"{n:,} {split}" for split, n in data.sizes().items())
-    console.print(
-        f"{experiment.name}: {plan.space.base.backbone} on {plan.space.base.dataset} ({sizes})", highlight=False
-    )
-    again = resume_command(args)
+    console.print(f"{name}: {plan.space.base.backbone} on {plan.space.base.dataset} ({sizes})", highlight=False)
+    again = command_line() if args.resume else f"{command_line()} --resume"
     try:
         ledger = drive(experiment, plan, data, args, console)
     except cli.Interrupted:
-        with experiment.driving():
-            experiment.record(ExperimentStopped(at=time.time(), state="interrupted"))
-        console.print(f"interrupted; nothing is lost. To go on:\n  {again}", highlight=False, soft_wrap=True)
-        return cli.INTERRUPTED
+        return interrupted(args, name, again, console)
     except OSError as error:
         print(f"error: {error}\nwhat has been recorded is safe. Mend that, then go on:\n  {again}", file=sys.stderr)
         return cli.FAILED
     print_summary(console, ledger)
+    return conclude(ledger, args, again, console)
+
+
+def interrupted(args: argparse.Namespace, name: str, again: str, console: Console) -> int:
+    """Write down that the search was interrupted, and say how to go on."""
+    if not Path(args.results_dir, name).exists():
+        raise cli.Interrupted
+    experiment = Experiment.open(args.results_dir, name)
+    with experiment.driving():
+        experiment.record(ExperimentStopped(at=time.time(), state="interrupted"))
+    console.print(f"interrupted; nothing is lost. To go on:\n  {again}", highlight=False, soft_wrap=True)
+    return cli.INTERRUPTED
+
+
+def conclude(ledger: Ledger, args: argparse.Namespace, again: str, console: Console) -> int:
+    """The exit status of a search that came to its end, and what to type next."""
     if not ledger.finished:
         print(f"error: the search ended before its last trial; to go on:\n  {again}", file=sys.stderr)
         return cli.FAILED
+    ended = [trial.ended for trial in ledger.experiment.history.ended if trial.ended]
+    if all(end.status == "failed" for end in ended):
+        reason = ended[-1].error.splitlines()[-1] if ended[-1].error else ended[-1].stop_reason
+        print(f"error: every trial failed, the last one so: {reason}", file=sys.stderr)
+        return cli.FAILED
     console.print(f"next:\n  {ensemble_command(ledger, args)}", highlight=False, soft_wrap=True)
     return cli.DONE
-
-
-def resume_command(args: argparse.Namespace) -> str:
-    """The command that goes on with this search."""
-    return command_line() if args.resume else f"{command_line()} --resume"
 
 
 def ensemble_command(ledger: Ledger, args: argparse.Namespace) -> str:
@@ -294,7 +238,7 @@ def ensemble_command(ledger: Ledger, args: argparse.Namespace) -> str:
     command += ["--top-k", str(min(5, completed) if completed > 1 else 2)]
     if completed < 2:
         command += ["--include-stopped"]
-    if Path(args.results_dir) != Path("results/runs"):
+    if Path(args.results_dir) != Path(DEFAULT_RESULTS_DIR):
         command += ["--results-dir", args.results_dir]
     return shlex.join(command)
 

@@ -1,19 +1,40 @@
-"""Ray Tune drives, the ledger decides: the two adapters between them."""
+"""Ray Tune drives, the ledger decides: the adapters between them, and what a search needs of Ray."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import ray
+import torch
+from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from orchestrator.ledger import Ledger
-from results.schema import EpochResult
+from results.schema import EpochResult, UsageError
+from trainables.datasets import SplitImages
+from trainables.tune_trial import TuneTrial, worker_environment
 
 RESULT_FIELDS = [f.name for f in fields(EpochResult)]
+RETRIES = 2
+PROBE_SECONDS = 5.0
+TUNE_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log is what is kept; Tune's own files are thrown away
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end with status 0 and unfinished trials
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class DiskFull(OSError):
@@ -111,3 +132,133 @@ def _error_text(trial: Trial) -> str:
     path = trial.error_file
     text = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
     return text[text.rfind("Failure #") :].strip()
+
+
+@contextmanager
+def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
+    """Be connected to a cluster, or to a local one of its own whose workers inherit this process's environment.
+
+    `threads`: of a trial's arithmetic. Raises UsageError when there is no cluster at the address.
+    """
+    environment = worker_environment(threads=threads)
+    os.environ.update(TUNE_SETTINGS)
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    if address:
+        try:
+            _probe(address)
+            ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    else:
+        os.environ.update(environment)
+        ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raise OSError when nobody listens at host:port, where Ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trial gets, and how many trials run at a time."""
+
+    device: str
+    cpus: int
+    gpus: float
+    max_concurrent: int
+
+
+def choose_resources(
+    device: str, *, cpus_per_trial: int, gpus_per_trial: float | None, max_concurrent: int | None
+) -> Resources:
+    """Settle `device` ("auto": a GPU if the cluster has one, else mps or cpu) and how many trials there is room for.
+
+    Raises UsageError when the cluster has not what a trial wants.
+    """
+    cluster = ray.cluster_resources()
+    if device == "auto":
+        device = "cuda" if cluster.get("GPU", 0) else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not cluster.get("GPU", 0):
+        raise UsageError("--device cuda, but Ray sees no GPU; give --device cpu, or an --address with GPUs")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps, but torch has no mps here; give --device cpu")
+    gpus = (gpus_per_trial or 1.0) if device == "cuda" else 0.0
+    room = cluster.get("CPU", 0) / cpus_per_trial
+    if gpus:
+        room = min(room, cluster["GPU"] / gpus)
+    if room < 1:
+        raise UsageError(
+            f"a trial wants {cpus_per_trial} CPUs and {gpus:g} GPUs, and there are {cluster.get('CPU', 0):g} and "
+            f"{cluster.get('GPU', 0):g}; lower --cpus-per-trial or --gpus-per-trial"
+        )
+    return Resources(device, cpus_per_trial, gpus, max_concurrent or int(room))
+
+
+class CheckingStopper(Stopper):
+    """Never stops anything; calls `check` in every turn of Tune's loop, which ends with what it raises."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the event log is what a search is restored from, not Tune's pickles."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Never, but what `check` raises ends the loop."""
+        self._check()
+        return False
+
+
+def fit(
+    ledger: Ledger,
+    data: SplitImages,
+    resources: Resources,
+    *,
+    check_interrupt: Callable[[], None] = lambda: None,
+    reuse_actors: bool = True,
+) -> None:
+    """Run Tune until the ledger has no more trials. Raises what kept the ledger from recording.
+
+    `check_interrupt` is called several times a second; what it raises ends the run.
+    `reuse_actors=False` is for the benchmark of what reuse is worth.
+    """
+    # Tune keeps a single trial pending by default, which leaves workers idle when trials are short.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.max_concurrent)
+    trainable = tune.with_parameters(TuneTrial, data=data, device=resources.device, threads=resources.cpus)
+    scheduler = LedgerScheduler(ledger)
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=LedgerSearcher(ledger, max_concurrent=resources.max_concurrent),
+                scheduler=scheduler,
+                num_samples=-1,
+                reuse_actors=reuse_actors,
+            ),
+            run_config=tune.RunConfig(
+                verbose=0,
+                stop=CheckingStopper(check_interrupt),
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        try:
+            tuner.fit()
+        except Exception as error:
+            if scheduler.failure is not None:
+                raise scheduler.failure from error
+            raise

@@ -1,4 +1,4 @@
-"""Tidy tables over all experiments of a results folder, for pandas users; DuckDB and polars read the files as they are."""
+"""Tidy tables over all experiments of a results folder, for pandas users; DuckDB and polars read the files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.search import make_ledger
-from results.schema import EpochResult
+from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from search_spaces.space import Budget, NamedSpace, SearchSpace
 from trainables.config import TrainConfig
@@ -116,3 +116,21 @@ def advance(ledger: Ledger, curve: Curve, *, concurrent: int = 2, steps: int | N
         made += 1
         if ledger.report(assignment.trial_id, curve(assignment, epoch + 1), node="here"):
             running.append((assignment, epoch + 1))
+
+
+def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:
+    """A search whose trials have stored predictions for two classes."""
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=num_trials)
+
+        def curve(assignment: Assignment, epoch: int) -> EpochResult:
+            rng = np.random.default_rng(int(assignment.trial_id[1:]))
+            labels = np.arange(60) % 2
+            parts = [
+                kind((np.eye(2)[labels] + rng.normal(size=(60, 2))).astype(np.float16), labels, np.arange(60))
+                for kind in PREDICTIONS.values()
+            ]
+            experiment.files(assignment.trial_id).write_predictions(parts, variant="best")
+            return LEARNING(assignment, epoch)
+
+        advance(ledger, curve)

@@ -10,7 +10,7 @@ from orchestrator import cli, ensemble, rebuild, search
 from results.schema import DataWarning, UsageError
 from results.store import Experiment
 from tests.conftest import CommandLine
-from tests.simulation import LEARNING, new_experiment, run_search
+from tests.simulation import LEARNING, new_experiment, run_search, run_with_predictions
 
 
 def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -101,29 +101,6 @@ def test_too_few_completed_trials_offers_the_stopped_ones(tmp_path: Path) -> Non
     ):
         ensemble.main(["--results-dir", str(tmp_path), "--top-k", "9"])
     assert ensemble.main(["--results-dir", str(tmp_path), "--top-k", "9", "--include-stopped"]) == 0
-
-
-def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:
-    """A simulated search whose trials have stored predictions."""
-    import numpy as np  # noqa: PLC0415
-
-    from results.schema import PREDICTIONS, EpochResult  # noqa: PLC0415
-    from tests.simulation import Assignment, advance, ledger_of  # noqa: PLC0415
-
-    with experiment.driving():
-        ledger = ledger_of(experiment, num_trials=num_trials)
-
-        def curve(assignment: Assignment, epoch: int) -> EpochResult:
-            rng = np.random.default_rng(int(assignment.trial_id[1:]))
-            labels = np.arange(60) % 2
-            parts = [
-                kind((np.eye(2)[labels] + rng.normal(size=(60, 2))).astype(np.float16), labels, np.arange(60))
-                for kind in PREDICTIONS.values()
-            ]
-            experiment.files(assignment.trial_id).write_predictions(parts, variant="best")
-            return LEARNING(assignment, epoch)
-
-        advance(ledger, curve)
 
 
 def test_damaged_predictions_are_named_and_the_others_used(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import pytest
 from orchestrator import ensemble
 from results.schema import EpochRecord, ScoreRecord, TrialRecord, arrow_schema, predictions_schema
 from tests.conftest import ROOT, command_environment
-from tests.simulation import new_experiment
-from tests.test_bad_input import run_with_predictions
+from tests.simulation import new_experiment, run_with_predictions
 
 RESULTS_README = (ROOT / "results" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()

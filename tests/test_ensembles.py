@@ -297,7 +297,7 @@ def test_paired_intervals_are_narrower_than_unpaired_ones() -> None:
 @pytest.mark.parametrize("combiner", COMBINERS)
 def test_every_table_has_the_chosen_every_combiner_and_the_controls(selection: str, combiner: str) -> None:
     rows = choose(select_pool(), k=3, selection=selection, combiner=combiner, rng=np.random.default_rng(0))
-    assert [(row.chosen, row.combiner) for row in rows if row.kind == "ensemble"][0] == (True, combiner)
+    assert (rows[0].kind, rows[0].chosen, rows[0].combiner) == ("ensemble", True, combiner)
     assert {row.combiner for row in rows if row.kind == "ensemble"} == set(COMBINERS)
     assert sum(row.chosen for row in rows) == 1
     assert [row.label for row in rows[-3:]] == ["best single model", "top, mean", "random, mean (mean of 20 draws)"]

@@ -207,9 +207,14 @@ def test_a_results_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None
 def test_an_interrupted_replacement_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyError, match="boom"), replacing(path, sync=True) as temporary:
-        temporary.write_text("new")
-        raise KeyError("boom")
+
+    def interrupted() -> None:
+        with replacing(path, sync=True) as temporary:
+            temporary.write_text("new")
+            raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        interrupted()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 

@@ -20,15 +20,19 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.plan import SearchPlan, resumed
+from orchestrator.search import make_ledger
 from results.events import EpochReported, TrialStarted, read_events
 from results.schema import SelectPredictions, TestPredictions
 from results.store import Experiment, TrialFiles
 from results.study import open_study
+from search_spaces.space import load_space
 from tests.conftest import CommandLine, command_environment
+from tests.simulation import Silent
 from tests.test_event_log import snapshot
 from tests.test_search_logic import rung_state
 from trainables.config import TrainConfig
-from trainables.datasets import SplitImages
+from trainables.datasets import load_dataset
 from trainables.loop import ResidentImages
 from trainables.trial import run_trial
 
@@ -89,10 +93,8 @@ def training_workers(driver: int) -> list[psutil.Process]:
     return [p for p in processes if any(name in " ".join(p.cmdline()) for name in ("TuneTrial", "ResourceTrainable"))]
 
 
-def fresh_logits(trial: TrialStarted, digits: SplitImages, folder: Path) -> np.ndarray:
+def fresh_logits(trial: TrialStarted, folder: Path) -> np.ndarray:
     """Select logits of a trial's configuration, trained here from the beginning on one thread."""
-    from trainables.datasets import load_dataset  # noqa: PLC0415 - only here
-
     config = TrainConfig(**trial.config)
     data = load_dataset("digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction)
     files = TrialFiles(str(folder), trial.trial_id, 0)
@@ -106,7 +108,7 @@ def fresh_logits(trial: TrialStarted, digits: SplitImages, folder: Path) -> np.n
     return pd.read_parquet(files.predictions).query("split == 'select'")["logits"].to_numpy()
 
 
-def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path, digits: SplitImages) -> None:
+def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
     arguments = ["slow.py", "--results-dir", "runs"]
@@ -158,17 +160,12 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path, digits: Spli
     assert len(completed) >= 2
     for trial_id in completed:
         stored = experiment.predictions(trial_id, SelectPredictions).logits_NC
-        fresh = fresh_logits(experiment.history.trials[trial_id].started, digits, tmp_path / "fresh")
+        fresh = fresh_logits(experiment.history.trials[trial_id].started, tmp_path / "fresh")
         assert np.array_equal(stored, np.stack(fresh)), trial_id
 
 
 def replayed(experiment: Experiment) -> object:
     """The halving of a search, restored from its log."""
-    from orchestrator.plan import SearchPlan, resumed  # noqa: PLC0415
-    from orchestrator.search import make_ledger  # noqa: PLC0415
-    from search_spaces.space import load_space  # noqa: PLC0415
-    from tests.simulation import Silent  # noqa: PLC0415
-
     source = load_space(str(experiment.root.parent.parent / "slow.py"))
     plan = SearchPlan(source=source, overrides={}, num_trials=None, seed=0, halving="asha")
     plan = resumed(plan, experiment.info, seed=None, halving=None)
@@ -184,7 +181,7 @@ def ended_rows(root: Path) -> dict[str, str]:
     return rows
 
 
-def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, digits: SplitImages) -> None:
+def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
     arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "2", "--halving", "none"]
@@ -198,7 +195,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, digit
     assert sorted(trials["retries"]) == [0, 1]
     assert (trials["epochs_trained"] == 9).all()
     for trial_id in trials["trial_id"]:
-        fresh = fresh_logits(experiment.history.trials[trial_id].started, digits, tmp_path / "fresh")
+        fresh = fresh_logits(experiment.history.trials[trial_id].started, tmp_path / "fresh")
         assert np.array_equal(experiment.predictions(trial_id, SelectPredictions).logits_NC, np.stack(fresh))
 
 
@@ -324,3 +321,25 @@ def test_a_search_and_its_ensemble_from_the_command_line(tmp_path: Path, command
     again = command("orchestrator.search", "digits", "--num-trials", "8")
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+def test_a_search_that_ray_cannot_serve_makes_no_experiment(tmp_path: Path, command: CommandLine) -> None:
+    for arguments, message in (
+        (["--device", "cuda"], "--device cuda, but Ray sees no GPU; give --device cpu"),
+        (["--cpus-per-trial", "4096"], "a trial wants 4096 CPUs and 0 GPUs, and there are"),
+        (["--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster answers there"),
+    ):
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        done = command("orchestrator.search", "digits", *arguments)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "results").exists()
+
+
+def test_a_search_whose_every_trial_fails_is_failed(tmp_path: Path, command: CommandLine) -> None:
+    done = command("orchestrator.search", "digits", "--num-trials", "2", "--set", "lr=1e30")
+    assert done.returncode == 1
+    assert "error: every trial failed, the last one so: diverged at epoch" in done.stderr
+    assert len(Experiment.open(tmp_path / "results" / "runs", "digits").trials()) == 2
