@@ -165,50 +165,19 @@ def finished(config: TrainConfig, state: TrainState) -> bool:
 
 def train_epoch(config: TrainConfig, data: ResidentImages, state: TrainState) -> EpochResult:
     """Train one more epoch, evaluate, and remember the weights if they are the best so far."""
-    epoch = len(state.results) + 1
-    num_images = len(data.train_N)
-    batch_size = min(config.batch_size, num_images)
-    steps = num_images // batch_size
     start = time.perf_counter()
-    draws = EpochDraws.draw(
-        config, epoch=epoch, num_images=num_images, image_size=data.split.image_size, device=data.device
-    )
-    loss_sum = torch.zeros((), device=data.device)
-    correct = torch.zeros((), device=data.device)
-    lr = grad_norm = math.nan
-    state.model.train()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if data.device == "cuda" else []):
-        torch.manual_seed(int(generator(config, epoch=epoch, stream=DROPOUT).integers(2**62)))
-        for step in range(steps):
-            lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, config=config)
-            set_learning_rate(state.optimizer, lr)
-            positions_B = draws.order_N[step * batch_size : (step + 1) * batch_size]
-            images_BCHW, labels = _batch(config, data, draws, positions_B)
-            with torch.autocast(data.device, dtype=torch.bfloat16, enabled=data.device == "cuda"):
-                logits_BC = state.model(images_BCHW)
-                loss = labels.loss(logits_BC, label_smoothing=config.label_smoothing)
-            state.optimizer.zero_grad()
-            loss.backward()
-            if step == steps - 1:
-                grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-                grad_norm = float(torch.nn.utils.get_total_norm(grads))
-            state.optimizer.step()
-            if state.ema is not None:
-                state.ema.update_parameters(state.model)
-            loss_sum += loss.detach()
-            correct += labels.correct(logits_BC.detach())
-    train_loss, train_accuracy = float(loss_sum) / steps, float(correct) / (steps * batch_size)
+    steps = _train_steps(config, data, state, epoch=len(state.results) + 1)
     epoch_seconds = time.perf_counter() - start
     result = EpochResult(
-        epoch=epoch,
-        lr=lr,
-        train_loss=train_loss,
-        train_accuracy=train_accuracy,
+        epoch=len(state.results) + 1,
+        lr=steps.lr,
+        train_loss=steps.loss,
+        train_accuracy=steps.accuracy,
         clean_train_accuracy=_clean_train_accuracy(data, state.evaluated),
         **_validation_figures(data, state),
-        grad_norm=grad_norm,
+        grad_norm=steps.grad_norm,
         epoch_seconds=epoch_seconds,
-        images_per_second=steps * batch_size / epoch_seconds,
+        images_per_second=steps.num_images / epoch_seconds,
         num_parameters=state.num_parameters,
         multiply_adds=state.multiply_adds,
         peak_memory_bytes=peak_memory_bytes(data.device),
@@ -216,6 +185,54 @@ def train_epoch(config: TrainConfig, data: ResidentImages, state: TrainState) ->
         out_of_patience=False,
     )
     return _remember(config, state, result)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What an epoch's training steps amount to: means over them, and the last one's learning rate and gradient."""
+
+    loss: float
+    accuracy: float
+    lr: float
+    grad_norm: float
+    num_images: int
+
+
+def _train_steps(config: TrainConfig, data: ResidentImages, state: TrainState, *, epoch: int) -> StepFigures:
+    num_images = len(data.train_N)
+    batch_size = min(config.batch_size, num_images)
+    steps = num_images // batch_size
+    image_size = data.split.image_size
+    draws = EpochDraws.draw(config, epoch=epoch, num_images=num_images, image_size=image_size, device=data.device)
+    on_gpu = data.device == "cuda"
+    loss_sum, correct = torch.zeros(2, device=data.device)
+    lr = math.nan
+    state.model.train()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+        torch.manual_seed(int(generator(config, epoch=epoch, stream=DROPOUT).integers(2**62)))
+        for step in range(steps):
+            lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, config=config)
+            set_learning_rate(state.optimizer, lr)
+            images_BCHW, labels = _batch(config, data, draws, draws.order_N[step * batch_size :][:batch_size])
+            with torch.autocast(data.device, dtype=torch.bfloat16, enabled=on_gpu):
+                logits_BC = state.model(images_BCHW)
+                loss = labels.loss(logits_BC, label_smoothing=config.label_smoothing)
+            state.optimizer.zero_grad()
+            loss.backward()
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update_parameters(state.model)
+            # Summed on the device: reading a figure would stop the device until it has caught up.
+            loss_sum += loss.detach()
+            correct += labels.correct(logits_BC.detach())
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return StepFigures(
+        loss=float(loss_sum) / steps,
+        accuracy=float(correct) / (steps * batch_size),
+        lr=lr,
+        grad_norm=float(torch.nn.utils.get_total_norm(grads)),
+        num_images=steps * batch_size,
+    )
 
 
 def _batch(
