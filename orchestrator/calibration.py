@@ -7,7 +7,7 @@ import math
 from scipy.optimize import minimize_scalar
 
 from results.schema import IntArray
-from trainables.evaluation import Probabilities, log_softmax, nll
+from trainables.validation import Probabilities, log_softmax, nll
 
 BOUNDS = (0.05, 20.0)
 PRIOR_SCALE = math.log(2)

@@ -35,8 +35,7 @@ class Interrupts:
         self._deferred = False
 
     def listen(self) -> None:
-        """Handle both signals from now on."""
-        self._arrived = False
+        """Handle both signals from now on; one that has arrived stays so."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -74,6 +73,9 @@ def run(main: Callable[[], int]) -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_USAGE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = FAILED
     except Interrupted:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED

@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from results.schema import FloatArray, IntArray
-from trainables.evaluation import Probabilities, log_softmax
+from trainables.validation import Probabilities, log_softmax
 
 FIT_STEPS = 200
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from results.schema import FloatArray
-from trainables.evaluation import Probabilities
+from trainables.validation import Probabilities
 
 
 def disagreement(log_probs_MNC: Probabilities) -> FloatArray:
     """Share of examples [M, M] on which two members' top classes differ; 0 on the diagonal."""
     top_MN = log_probs_MNC.argmax(2)
-    out_MM: FloatArray = np.mean(top_MN[:, None, :] != top_MN[None, :, :], axis=2)
-    return out_MM
+    return np.stack([(top_MN != top_N).mean(1) for top_N in top_MN])
 
 
 def mean_disagreement(disagreement_MM: FloatArray) -> float | None:

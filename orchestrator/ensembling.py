@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, FITS_WEIGHTS, fit_weights
-from orchestrator.metrics import HIGHER_IS_BETTER, METRICS, Scored, mean_scored, score
+from orchestrator.metrics import HIGHER_IS_BETTER, METRICS, Scored, score
 from orchestrator.pool import POOLS, Candidates, Pool, SelectPool
 from orchestrator.selection import SELECTORS, Selection, by_accuracy, random, top, uniform
 from orchestrator.statistics import interval, resampled_means
@@ -75,10 +75,6 @@ class Row:
         name = f"{self.selection}, {self.combiner}"
         return f"{name} (mean of {len(self.ensembles)} draws)" if len(self.ensembles) > 1 else name
 
-    def score(self, pool: Pool) -> Scored:
-        """Contributions on a split, averaged over draws."""
-        return mean_scored([ensemble.score(pool) for ensemble in self.ensembles])
-
 
 def choose(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> list[Row]:
     """The chosen ensemble, its members under every other combiner, and the controls, all fitted on select.
@@ -112,26 +108,13 @@ def score_rows(
 
     A gain is positive when it is an improvement, whatever the metric's direction; its interval is paired.
     """
-    scored = [row.score(pool) for row in rows]
-    widths = np.cumsum([s.columns_NK.shape[1] for s in scored])
-    columns_NK = np.concatenate([s.columns_NK for s in scored], axis=1)
-    means = np.split(columns_NK.mean(0), widths[:-1])
-    resampled = np.split(resampled_means(columns_NK, rng), widths[:-1], axis=1)
-    values = [s.metrics(m) for s, m in zip(scored, means, strict=True)]
-    values_R = [s.metrics(m) for s, m in zip(scored, resampled, strict=True)]
+    figures = _figures(rows, pool, rng)
     single = next(index for index, row in enumerate(rows) if row.kind == "single")
     records = []
-    for index, row in enumerate(rows):
+    for row, of_row in zip(rows, figures, strict=True):
         costs = [_cost(ensemble, candidates) for ensemble in row.ensembles]
         for metric in METRICS:
-            value, value_R = values[index].get(metric), values_R[index].get(metric)
-            baseline, baseline_R = float(values[single][metric]), values_R[single][metric]
-            sign = 1 if HIGHER_IS_BETTER[metric] else -1
-            has_interval = value_R is not None and metric not in WITHOUT_INTERVAL
-            low, high = interval(value_R) if value_R is not None and has_interval else (None, None)
-            gain_low, gain_high = (
-                interval(sign * (value_R - baseline_R)) if value_R is not None and has_interval else (None, None)
-            )
+            baseline = figures[single][metric]
             records.append(
                 ScoreRecord(
                     ensemble_id=ensemble_id,
@@ -142,19 +125,59 @@ def score_rows(
                     chosen=row.chosen,
                     split=POOLS[type(pool)][0],
                     metric=metric,
-                    value=None if value is None else float(value),
-                    ci_low=low,
-                    ci_high=high,
-                    baseline=baseline,
-                    gain=None if value is None else sign * (float(value) - baseline),
-                    gain_ci_low=gain_low,
-                    gain_ci_high=gain_high,
+                    baseline=baseline.value,
                     num_examples=len(pool.labels_N),
                     training_seconds=float(np.mean([seconds for seconds, _ in costs])),
                     multiply_adds=round(float(np.mean([adds for _, adds in costs]))),
+                    **_gain(metric, of_row.get(metric), baseline),
                 )
             )
     return records
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A metric's value and its bootstrap replicates."""
+
+    value: float
+    replicates_R: FloatArray
+
+
+def _figures(rows: Sequence[Row], pool: Pool, rng: np.random.Generator) -> list[dict[str, Figure]]:
+    """Each row's metrics, averaged over its draws; all are resampled with the same examples."""
+    scored = [[ensemble.score(pool) for ensemble in row.ensembles] for row in rows]
+    flat = [s for of_row in scored for s in of_row]
+    columns_NK = np.concatenate([s.columns_NK for s in flat], axis=1)
+    edges = np.cumsum([s.columns_NK.shape[1] for s in flat])[:-1]
+    means = iter(np.split(columns_NK.mean(0), edges))
+    resampled = iter(np.split(resampled_means(columns_NK, rng), edges, axis=1))
+    figures = []
+    for of_row in scored:
+        values = [s.metrics(next(means)) for s in of_row]
+        values_R = [s.metrics(next(resampled)) for s in of_row]
+        figures.append(
+            {
+                metric: Figure(
+                    float(np.mean([v[metric] for v in values])), np.mean([v[metric] for v in values_R], axis=0)
+                )
+                for metric in values[0]
+            }
+        )
+    return figures
+
+
+def _gain(metric: str, figure: Figure | None, baseline: Figure) -> dict[str, float | None]:
+    """Value, gain and intervals; all None where a combiner has no such metric."""
+    names = ("value", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high")
+    if figure is None:
+        return dict.fromkeys(names)
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    gain = sign * (figure.value - baseline.value)
+    if metric in WITHOUT_INTERVAL:
+        return dict(zip(names, (figure.value, None, None, gain, None, None), strict=True))
+    low, high = interval(figure.replicates_R)
+    gain_low, gain_high = interval(sign * (figure.replicates_R - baseline.replicates_R))
+    return dict(zip(names, (figure.value, low, high, gain, gain_low, gain_high), strict=True))
 
 
 def _cost(ensemble: Ensemble, candidates: Candidates) -> tuple[float, int]:

@@ -39,7 +39,8 @@ class Asha:
         self.rung_epochs: list[int] = []
         epochs = float(grace_epochs)
         while int(epochs) < max_epochs:
-            self.rung_epochs.append(int(epochs))
+            if int(epochs) not in self.rung_epochs:
+                self.rung_epochs.append(int(epochs))
             epochs *= factor
         self.rungs: list[dict[str, float]] = [{} for _ in self.rung_epochs]
         self._sign = 1.0 if mode == "max" else -1.0

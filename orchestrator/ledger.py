@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from optuna.distributions import distribution_to_json
 
@@ -21,9 +21,11 @@ from results.events import (
     TrialStarted,
 )
 from results.history import TrialHistory
-from results.schema import EpochResult, Scalar
+from results.schema import EpochResult, Scalar, Status
 from results.store import Experiment
 from search_spaces.space import SearchSpace
+
+Ending = tuple[Status, str]
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,25 @@ class Ledger:
                 result = history.trials[event.trial_id].epochs[event.epoch - 1].result
                 self.halving.judge(event.trial_id, epoch=event.epoch, value=self._value(result))
         for trial in history.ended:
-            self._tidy(trial)
+            self.experiment.tidy(trial)
         for trial in history.unfinished:
-            if trial.epochs and trial.last_epoch not in trial.decisions:
-                self._record(*self._conclusions(trial.trial_id, trial.epochs[-1].result))
+            self._record(*self._left_unsaid(trial))
             if trial.ended is None:
                 self._to_resume.append(trial.trial_id)
             else:
                 self._after_end(trial)
+
+    def _left_unsaid(self, trial: TrialHistory) -> list[Event]:
+        """What a crash kept from the log after a trial's last epoch: its decision, or the end that follows from it."""
+        if not trial.epochs:
+            return []
+        result, decided = trial.epochs[-1].result, trial.decisions.get(trial.last_epoch)
+        if decided is None:
+            return self._conclusions(trial.trial_id, result)
+        if decided.decision == "continue":
+            return []
+        status, reason = self._own_ending(result) or ("pruned", f"rung {decided.rung}")
+        return [self._ended(trial.trial_id, status, reason)]
 
     @property
     def num_started(self) -> int:
@@ -103,7 +116,7 @@ class Ledger:
     def _start(self) -> TrialHistory:
         proposal = self._proposer.ask()
         seed = self._seed + proposal.number
-        config = replace(self.space.base, **proposal.params, seed=seed)  # type: ignore[arg-type]
+        config = self.space.base.having({**proposal.params, "seed": seed})
         trial_id = f"t{proposal.number:05d}"
         self._record(
             TrialStarted(
@@ -137,34 +150,35 @@ class Ledger:
 
     def _conclusions(self, trial_id: str, result: EpochResult) -> list[Event]:
         """The decision after an epoch, and the end of the trial if it ends there."""
-        now = time.time()
         rung: int | None = None
-        if result.diverged:
-            end: tuple[str, str] | None = ("failed", f"diverged at epoch {result.epoch}")
-        elif result.epoch >= self.space.budget.max_epochs:
-            end = ("completed", "")
-        elif result.out_of_patience:
-            end = ("completed", "patience")
-        else:
+        ending = self._own_ending(result)
+        if ending is None:
             judgement = self.halving.judge(trial_id, epoch=result.epoch, value=self._value(result))
             rung = judgement.rung
-            end = None if judgement.go_on else ("pruned", f"rung {rung}")
-        decision = "stop" if end else "continue"
-        events: list[Event] = [Decided(at=now, trial_id=trial_id, epoch=result.epoch, rung=rung, decision=decision)]
-        if end:
-            status, reason = end
-            files = self.experiment.files(trial_id)
-            events.append(
-                TrialEnded(
-                    at=now,
-                    trial_id=trial_id,
-                    status=status,  # type: ignore[arg-type]
-                    stop_reason=reason,
-                    has_predictions=files.predictions.exists(),
-                    has_checkpoint=files.best.exists(),
-                )
-            )
-        return events
+            ending = None if judgement.go_on else ("pruned", f"rung {rung}")
+        decision = "stop" if ending else "continue"
+        decided = Decided(at=time.time(), trial_id=trial_id, epoch=result.epoch, rung=rung, decision=decision)
+        return [decided, self._ended(trial_id, *ending)] if ending else [decided]
+
+    def _own_ending(self, result: EpochResult) -> Ending | None:
+        """Status and stop reason of a trial that ends with this epoch whatever others do."""
+        if result.diverged:
+            return "failed", f"diverged at epoch {result.epoch}"
+        if result.epoch >= self.space.budget.max_epochs:
+            return "completed", ""
+        return ("completed", "patience") if result.out_of_patience else None
+
+    def _ended(self, trial_id: str, status: Status, reason: str, *, error: str = "") -> TrialEnded:
+        files = self.experiment.files(trial_id)
+        return TrialEnded(
+            at=time.time(),
+            trial_id=trial_id,
+            status=status,
+            stop_reason=reason,
+            has_predictions=files.predictions.exists(),
+            has_checkpoint=files.best.exists(),
+            error=error,
+        )
 
     def retried(self, trial_id: str, error: str) -> None:
         """A trial's worker died or raised, and the trial is going to be tried again."""
@@ -176,23 +190,13 @@ class Ledger:
         trial = self.experiment.history.trials[trial_id]
         if trial.ended is not None:
             return
-        files = self.experiment.files(trial_id)
-        self._record(
-            TrialEnded(
-                at=time.time(),
-                trial_id=trial_id,
-                status="failed",
-                stop_reason="error",
-                has_predictions=files.predictions.exists(),
-                has_checkpoint=files.best.exists(),
-                error=error,
-            )
-        )
+        self._record(self._ended(trial_id, "failed", "error", error=error))
         self._after_end(trial)
         self._notify()
 
     def _record(self, *events: Event) -> None:
-        self.experiment.record(*events)
+        if events:
+            self.experiment.record(*events)
 
     def _value(self, result: EpochResult) -> float:
         value = getattr(result, self.space.metric)
@@ -202,7 +206,7 @@ class Ledger:
         self.running.discard(trial.trial_id)
         self._proposer.tell(trial)
         self._remove_surplus_checkpoints()
-        self._tidy(trial)
+        self.experiment.tidy(trial)
 
     def _remove_surplus_checkpoints(self) -> None:
         kept = [
@@ -211,15 +215,7 @@ class Ledger:
         for trial in self.ranked(kept)[self._keep_checkpoints :]:
             # The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
             self._record(CheckpointRemoved(at=time.time(), trial_id=trial.trial_id))
-            self._tidy(trial)
-
-    def _tidy(self, trial: TrialHistory) -> None:
-        """Remove what an ended trial does not need: its resume file, and its weights once removed by retention."""
-        assert trial.ended is not None
-        if trial.checkpoint_removed or not trial.ended.has_checkpoint:
-            self.experiment.remove_checkpoint(trial.trial_id)
-        else:
-            self.experiment.files(trial.trial_id).resume.unlink(missing_ok=True)
+            self.experiment.tidy(trial)
 
     def ranked(self, trials: list[TrialHistory]) -> list[TrialHistory]:
         """The best first: completed ones before all others, then by the metric at the best epoch."""

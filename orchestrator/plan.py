@@ -30,6 +30,7 @@ class SearchPlan:
     num_trials: int | None
     seed: int
     halving: str
+    keep_checkpoints: int = 10
 
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
@@ -67,6 +68,7 @@ class SearchPlan:
             "overrides": dict(self.overrides),
             "seed": self.seed,
             "halving": self.halving,
+            "keep_checkpoints": self.keep_checkpoints,
             "metric": space.metric,
             "mode": space.mode,
             "max_epochs": space.budget.max_epochs,
@@ -75,7 +77,14 @@ class SearchPlan:
         }
 
 
-def resumed(plan: SearchPlan, info: Mapping[str, Any], *, seed: int | None, halving: str | None) -> SearchPlan:
+def resumed(
+    plan: SearchPlan,
+    info: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    halving: str | None = None,
+    keep_checkpoints: int | None = None,
+) -> SearchPlan:
     """The plan of an experiment gone on with: what is not given is what it was before.
 
     Raises UsageError, saying what, when the search would not be the same.
@@ -87,6 +96,7 @@ def resumed(plan: SearchPlan, info: Mapping[str, Any], *, seed: int | None, halv
         num_trials=plan.num_trials or old["budget"]["num_trials"],
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
+        keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
     )
     new = json.loads(json.dumps(same.space.describe()))
     changes = [

@@ -25,7 +25,7 @@ from results.schema import (
     UsageError,
 )
 from results.store import Experiment, names
-from trainables.evaluation import Probabilities, log_softmax
+from trainables.validation import Probabilities, log_softmax
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,23 @@ class Proposal:
     origin: Origin
 
 
-def make_sampler(*, num_trials: int, seed: int, trials_so_far: int) -> optuna.samplers.TPESampler:
-    """Multivariate TPE with constant liar (Watanabe 2023); at most a third of the budget, or 10, is random.
+def startup_trials(*, num_trials: int, max_concurrent: int) -> int:
+    """How many trials must have ended before TPE's model draws, so that at most a third is drawn without it.
+
+    While one is awaited the others running beside it are drawn without the model too.
+    """
+    return max(1, min(MOST_STARTUP_TRIALS, num_trials // 3 - (max_concurrent - 1)))
+
+
+def make_sampler(*, num_trials: int, max_concurrent: int, seed: int, trials_so_far: int) -> optuna.samplers.TPESampler:
+    """Multivariate TPE with constant liar (Watanabe 2023).
 
     The seed depends on the number of trials so far, so that a resumed search goes on drawing new points.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
-            n_startup_trials=min(MOST_STARTUP_TRIALS, num_trials // 3),
+            n_startup_trials=startup_trials(num_trials=num_trials, max_concurrent=max_concurrent),
             multivariate=True,
             constant_liar=True,
             seed=(seed * 1_000_003 + trials_so_far) % 2**32,

@@ -31,6 +31,7 @@ from trainables.config import parse_overrides
 from trainables.datasets import SplitImages, load_dataset
 
 DEFAULT_SEED = 0
+DEFAULT_KEEP_CHECKPOINTS = 10
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -70,8 +71,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--keep-checkpoints",
         type=cli.count_or_zero,
-        default=10,
-        help="keep the weights of the best N trials (default: 10)",
+        metavar="N",
+        help=f"keep the weights of the best N trials (default: {DEFAULT_KEEP_CHECKPOINTS})",
     )
     return parser.parse_args(arguments)
 
@@ -88,6 +89,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         num_trials=args.num_trials,
         seed=DEFAULT_SEED if args.seed is None else args.seed,
         halving=args.halving or "asha",
+        keep_checkpoints=DEFAULT_KEEP_CHECKPOINTS if args.keep_checkpoints is None else args.keep_checkpoints,
     )
 
 
@@ -108,11 +110,17 @@ def command_line() -> str:
     return shlex.join(["python", "-m", "orchestrator.search", *sys.argv[1:]])
 
 
-def make_ledger(experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: int, console: SearchConsole) -> Ledger:
+def make_ledger(experiment: Experiment, plan: SearchPlan, *, max_concurrent: int, console: SearchConsole) -> Ledger:
     """The ledger of a search, standing where its event log ends."""
     space, history = plan.space, experiment.history
     baselines_started = sum(t.started.origin == "baseline" for t in history.trials.values())
-    sampler = make_sampler(num_trials=space.budget.num_trials, seed=plan.seed, trials_so_far=len(history.trials))
+    num_trials = space.budget.num_trials
+    sampler = make_sampler(
+        num_trials=num_trials,
+        max_concurrent=max_concurrent,
+        seed=plan.seed,
+        trials_so_far=len(history.trials),
+    )
     proposer = Proposer(
         experiment.study_path,
         name=experiment.name,
@@ -120,7 +128,7 @@ def make_ledger(experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: i
         mode=space.mode,
         dimensions=space.dimensions,
         sampler=sampler,
-        baselines=space.complete_baselines()[baselines_started:],
+        baselines=space.complete_baselines()[baselines_started:num_trials],
     )
     return Ledger(
         experiment,
@@ -128,7 +136,7 @@ def make_ledger(experiment: Experiment, plan: SearchPlan, *, keep_checkpoints: i
         proposer=proposer,
         halving=plan.make_halving(),
         seed=plan.seed,
-        keep_checkpoints=keep_checkpoints,
+        keep_checkpoints=plan.keep_checkpoints,
         notify=console.changed,
     )
 
@@ -141,24 +149,27 @@ def drive(
         stack.enter_context(cli.INTERRUPTS.deferred())
         if experiment is not None:
             stack.enter_context(experiment.driving())
-            experiment.record(ExperimentResumed(at=time.time(), changes=what_a_resume_changes(experiment, plan)))
-            ended = len(experiment.history.ended)
-            console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
         stack.enter_context(ray_cluster(args.address, threads=args.cpus_per_trial))
+        cli.INTERRUPTS.listen()  # Ray has installed handlers of its own
         cli.INTERRUPTS.check()
         resources = choose_resources(
             args.device,
             cpus_per_trial=args.cpus_per_trial,
             gpus_per_trial=args.gpus_per_trial,
             max_concurrent=args.max_concurrent,
+            num_trials=plan.space.budget.num_trials,
         )
         if experiment is None:
             name = experiment_name(args, plan)
             info = plan.info(name=name, data=data, command=command_line())
             experiment = Experiment.create(args.results_dir, name=name, info=info)
             stack.enter_context(experiment.driving())
+        else:
+            experiment.record(ExperimentResumed(at=time.time(), changes=what_a_resume_changes(experiment, plan)))
+            ended = len(experiment.history.ended)
+            console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
         shown = SearchConsole(console, num_trials=plan.space.budget.num_trials, metric=plan.space.metric)
-        ledger = make_ledger(experiment, plan, keep_checkpoints=args.keep_checkpoints, console=shown)
+        ledger = make_ledger(experiment, plan, max_concurrent=resources.max_concurrent, console=shown)
         if not ledger.finished:
             with shown.watching(ledger):
                 fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
@@ -169,7 +180,11 @@ def drive(
 
 def what_a_resume_changes(experiment: Experiment, plan: SearchPlan) -> dict[str, object]:
     """What `experiment.json` says anew: a search may be made longer, and go on with other versions."""
-    return {"space": {**experiment.info["space"], **plan.space.describe()}, **provenance(command_line())}
+    return {
+        "space": {**experiment.info["space"], **plan.space.describe()},
+        "keep_checkpoints": plan.keep_checkpoints,
+        **provenance(command_line()),
+    }
 
 
 def experiment_name(args: argparse.Namespace, plan: SearchPlan) -> str:
@@ -186,7 +201,13 @@ def main(arguments: list[str] | None = None) -> int:
     experiment = None
     if args.resume:
         experiment = Experiment.open(args.results_dir, name)
-        plan = resumed(plan, experiment.info, seed=args.seed, halving=args.halving)
+        plan = resumed(
+            plan,
+            experiment.info,
+            seed=args.seed,
+            halving=args.halving,
+            keep_checkpoints=args.keep_checkpoints,
+        )
     else:
         Experiment.check_new(args.results_dir, name)
     data = load_data(plan, args.data_dir)
@@ -227,7 +248,8 @@ def conclude(ledger: Ledger, args: argparse.Namespace, again: str, console: Cons
         reason = ended[-1].error.splitlines()[-1] if ended[-1].error else ended[-1].stop_reason
         print(f"error: every trial failed, the last one so: {reason}", file=sys.stderr)
         return cli.FAILED
-    console.print(f"next:\n  {ensemble_command(ledger, args)}", highlight=False, soft_wrap=True)
+    if len(ended) > 1:
+        console.print(f"next:\n  {ensemble_command(ledger, args)}", highlight=False, soft_wrap=True)
     return cli.DONE
 
 

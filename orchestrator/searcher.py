@@ -177,9 +177,12 @@ class Resources:
 
 
 def choose_resources(
-    device: str, *, cpus_per_trial: int, gpus_per_trial: float | None, max_concurrent: int | None
+    device: str, *, cpus_per_trial: int, gpus_per_trial: float | None, max_concurrent: int | None, num_trials: int
 ) -> Resources:
-    """Settle `device` ("auto": a GPU if the cluster has one, else mps or cpu) and how many trials there is room for.
+    """Settle `device` ("auto": a GPU if the cluster has one, else mps or cpu) and how many trials run at a time.
+
+    By default as many as there is room for, but at most a third of all: those that run before any has ended are
+    drawn without a model.
 
     Raises UsageError when the cluster has not what a trial wants.
     """
@@ -199,7 +202,7 @@ def choose_resources(
             f"a trial wants {cpus_per_trial} CPUs and {gpus:g} GPUs, and there are {cluster.get('CPU', 0):g} and "
             f"{cluster.get('GPU', 0):g}; lower --cpus-per-trial or --gpus-per-trial"
         )
-    return Resources(device, cpus_per_trial, gpus, max_concurrent or int(room))
+    return Resources(device, cpus_per_trial, gpus, max_concurrent or min(int(room), max(1, num_trials // 3)))
 
 
 class CheckingStopper(Stopper):

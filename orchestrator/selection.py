@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.diversity import disagreement
 from orchestrator.pool import SelectPool
 from results.schema import FloatArray, IntArray
-from trainables.evaluation import Probabilities
+from trainables.validation import Probabilities
 
 GREEDY_ROUNDS = 50
 DIVERSITY_BONUS = 0.1

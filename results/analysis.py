@@ -16,6 +16,8 @@ def leaderboard(results_dir: str | Path = DEFAULT_RESULTS_DIR) -> pd.DataFrame:
     Stopped trials are left out: they were trained for fewer epochs. Compare within a `split_hash` only.
     """
     trials = _together((name, _open(results_dir, name).trials()) for name in names(results_dir))
+    if trials.empty:
+        return trials
     completed = trials[trials["status"] == "completed"]
     return completed.sort_values(["val_accuracy", "val_nll"], ascending=[False, True], ignore_index=True)
 

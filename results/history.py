@@ -59,6 +59,10 @@ class TrialHistory:
     def best(self) -> EpochResult | None:
         """The epoch behind the trial's weights and predictions; None before the first finite one."""
         finite = [e.result for e in self.epochs if not e.result.diverged]
+        if self.ended is not None and self.ended.stop_reason == "error":
+            # A crash leaves the weights and predictions of the last rung.
+            last_rung = max((d.epoch for d in self.decisions.values() if d.rung is not None), default=0)
+            finite = [result for result in finite if result.epoch <= last_rung]
         if not finite:
             return None
         best_epoch = finite[-1].best_epoch
@@ -83,8 +87,22 @@ class History:
             history.apply(event)
         return history
 
+    def check(self, event: Event) -> None:
+        """Raise UsageError when an event cannot follow: its trial has not started, or an epoch is missing."""
+        trial_id = getattr(event, "trial_id", None)
+        if trial_id is None or isinstance(event, TrialStarted):
+            return
+        if trial_id not in self.trials:
+            raise UsageError(f"the event log has {event.kind} of {trial_id}, which never started; restore events/")
+        last_epoch = self.trials[trial_id].last_epoch
+        if isinstance(event, EpochReported) and event.result.epoch != last_epoch + 1:
+            raise UsageError(
+                f"the event log has epoch {event.result.epoch} of {trial_id} after epoch {last_epoch}; restore events/"
+            )
+
     def apply(self, event: Event) -> None:
-        """Take one more event into account. Raises UsageError when a log contradicts itself."""
+        """Take one more event into account. Raises UsageError as `check` does."""
+        self.check(event)
         match event:
             case ExperimentStarted(info=info):
                 self.info = dict(info)
@@ -97,14 +115,8 @@ class History:
                 self.trials[trial_id] = TrialHistory(event)
             case EnsembleMade():
                 self.ensembles.append(event)
-            case EpochReported(trial_id=trial_id, result=result):
-                trial = self.trials[trial_id]
-                if result.epoch != trial.last_epoch + 1:
-                    raise UsageError(
-                        f"the event log has epoch {result.epoch} of {trial_id} after epoch {trial.last_epoch}; "
-                        f"restore events/ from a copy"
-                    )
-                trial.epochs.append(event)
+            case EpochReported(trial_id=trial_id):
+                self.trials[trial_id].epochs.append(event)
             case Decided(trial_id=trial_id, epoch=epoch):
                 self.trials[trial_id].decisions[epoch] = event
                 self.decisions.append(event)
@@ -118,12 +130,12 @@ class History:
     @property
     def unfinished(self) -> list[TrialHistory]:
         """Trials that have started and not ended, in the order of their numbers."""
-        return [trial for trial in self.trials.values() if trial.ended is None]
+        return [trial for trial in list(self.trials.values()) if trial.ended is None]
 
     @property
     def ended(self) -> list[TrialHistory]:
         """Trials that have a row, in the order of their numbers."""
-        return [trial for trial in self.trials.values() if trial.ended is not None]
+        return [trial for trial in list(self.trials.values()) if trial.ended is not None]
 
     def trial_row(self, trial: TrialHistory) -> dict[str, Any]:
         """The row of an ended trial: TrialRecord's fields, then `config.<field>`."""

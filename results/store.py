@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -55,18 +56,19 @@ class ExperimentLocked(UsageError):
     """Another process is writing to the experiment."""
 
 
-@contextlib.contextmanager
-def replacing(path: Path, *, sync: bool, permitted: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` in one step once the block has ended well.
+def replace_file(path: Path, content: bytes, *, sync: bool, permitted: Callable[[], None] = lambda: None) -> None:
+    """Write a file in one step: it is there whole or, whatever happens, as it was before.
 
-    `sync`: survive a power failure too. `permitted` is asked just before, and may raise.
+    `sync`: survive a power failure too. `permitted` is asked just before, and may raise. A full disk is an OSError
+    with its errno, which libraries that write files themselves do not all give.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        if sync:
-            with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
                 os.fsync(file.fileno())
         permitted()
         os.replace(temporary, path)
@@ -74,9 +76,18 @@ def replacing(path: Path, *, sync: bool, permitted: Callable[[], None] = lambda:
         temporary.unlink(missing_ok=True)
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    with replacing(path, sync=False) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
+def _parquet(table: pa.Table, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", **options)
+    return buffer.getvalue()
+
+
+def _rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
+    return _parquet(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,9 @@ class TrialFiles:
         if current != self.generation:
             raise Superseded(f"{self.trial_id} belongs to driver {self.generation}; driver {current} has taken over")
 
-    def replacing(self, path: Path) -> contextlib.AbstractContextManager[Path]:
-        """A synced temporary file that becomes `path`, unless the driver has been superseded."""
-        return replacing(path, sync=True, permitted=self.check_current)
+    def replace(self, path: Path, content: bytes) -> None:
+        """Write a file of the trial, synced, unless the driver has been superseded."""
+        replace_file(path, content, sync=True, permitted=self.check_current)
 
     def write_predictions(self, predictions: Sequence[Predictions], *, variant: str) -> None:
         """Store one variant's predictions for several splits, in the order given."""
@@ -131,14 +142,12 @@ class TrialFiles:
                 logits,
             ]
             tables.append(pa.Table.from_arrays(columns, schema=schema))
-        with self.replacing(self.predictions) as temporary:
-            pq.write_table(
-                pa.concat_tables(tables),
-                temporary,
-                compression="zstd",
-                use_dictionary=["variant", "split"],
-                column_encoding={"logits.list.element": "BYTE_STREAM_SPLIT"},
-            )
+        content = _parquet(
+            pa.concat_tables(tables),
+            use_dictionary=["variant", "split"],
+            column_encoding={"logits.list.element": "BYTE_STREAM_SPLIT"},
+        )
+        self.replace(self.predictions, content)
 
 
 class Experiment:
@@ -230,13 +239,15 @@ class Experiment:
         """Append events to the log, synced, then bring the files projected from them up to date."""
         if self._log is None:
             raise RuntimeError("an experiment is written to only inside `driving()`")
+        for event in events:
+            self.history.check(event)
         self._log.append(*events)
         for event in events:
             self.history.apply(event)
         touched = {event.trial_id: None for event in events if hasattr(event, "trial_id")}
         for trial_id in touched:
             self._project(self.history.trials[trial_id])
-        if len(touched) < len(events):
+        if any(not hasattr(event, "trial_id") for event in events):
             self._write_info()
 
     def rebuild(self) -> None:
@@ -265,18 +276,18 @@ class Experiment:
         if trial.epochs:
             part = self.root / "epochs" / f"{trial.trial_id}.parquet"
             rows = [asdict(epoch_record(trial, event)) for event in trial.epochs]
-            _write_rows(part, rows, arrow_schema(EpochRecord))
+            replace_file(part, _rows(rows, arrow_schema(EpochRecord)), sync=False)
             written.add(part)
         if trial.ended is not None:
             part = self.root / "trials" / f"{trial.trial_id}.parquet"
-            _write_rows(part, [self.history.trial_row(trial)], trial_schema(self.info["config_fields"]))
+            schema = trial_schema(self.info["config_fields"])
+            replace_file(part, _rows([self.history.trial_row(trial)], schema), sync=False)
             written.add(part)
         return written
 
     def _write_info(self) -> None:
-        with replacing(self.root / "experiment.json", sync=False) as temporary:
-            content = {**self.info, "state": self.history.state, "schema_version": SCHEMA_VERSION}
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = {**self.info, "state": self.history.state, "schema_version": SCHEMA_VERSION}
+        replace_file(self.root / "experiment.json", _json(content), sync=False)
 
     @property
     def study_path(self) -> Path:
@@ -287,9 +298,16 @@ class Experiment:
         """Where the worker of a trial writes."""
         return TrialFiles(str(self.root.absolute()), trial_id, self.generation)
 
-    def remove_checkpoint(self, trial_id: str) -> None:
-        """Remove a trial's weights and resume file, if there are any."""
-        shutil.rmtree(self.root / "checkpoints" / trial_id, ignore_errors=True)
+    def tidy(self, trial: TrialHistory) -> None:
+        """Remove what an ended trial does not need: all but its weights, and these once retention has removed them."""
+        assert trial.ended is not None
+        files = self.files(trial.trial_id)
+        keep_weights = trial.ended.has_checkpoint and not trial.checkpoint_removed
+        for path in [*files.best.parent.glob("*"), *files.predictions.parent.glob(f".{files.predictions.name}.*.tmp")]:
+            if path != files.best or not keep_weights:
+                path.unlink(missing_ok=True)
+        if files.best.parent.exists() and not keep_weights:
+            files.best.parent.rmdir()
 
     def disk_bytes(self) -> int:
         """What the folder takes on disk."""
@@ -356,9 +374,9 @@ class Experiment:
     def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
         """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
         folder = self.ensemble_folder(ensemble_id)
-        _write_rows(folder / "scores.parquet", [asdict(s) for s in scores], arrow_schema(ScoreRecord))
-        with replacing(folder / "ensemble.json", sync=True) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        table = _rows([asdict(score) for score in scores], arrow_schema(ScoreRecord))
+        replace_file(folder / "scores.parquet", table, sync=True)
+        replace_file(folder / "ensemble.json", _json(content), sync=True)
 
 
 @contextlib.contextmanager
@@ -377,8 +395,7 @@ def _locked(root: Path) -> Iterator[int]:
                 f"wait for it, stop it, or choose another --name"
             ) from error
         generation = _read_generation(root) + 1
-        with replacing(root / "generation", sync=True) as temporary:
-            temporary.write_text(f"{generation}\n", encoding="ascii")
+        replace_file(root / "generation", f"{generation}\n".encode(), sync=True)
         yield generation
 
 

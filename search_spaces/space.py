@@ -10,14 +10,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+from optuna.trial import create_trial
 
 from results.schema import Scalar, UsageError
+from trainables.backbones import check_backbone
 from trainables.config import FIELD_TYPES, TrainConfig
 
 METRICS: dict[str, Literal["max", "min"]] = {"val_accuracy": "max", "val_nll": "min"}
 DATA_FIELDS = ("dataset", "image_size", "train_fraction", "val_fraction")
-FIXED_FIELDS = (*DATA_FIELDS, "max_epochs", "seed")
+FIXED_FIELDS = (*DATA_FIELDS, "max_epochs", "monitor", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,8 @@ class SearchSpace:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UsageError(f"metric={self.metric!r}: wanted one of {', '.join(METRICS)}")
-        object.__setattr__(self, "base", replace(self.base, max_epochs=self.budget.max_epochs))
+        base = replace(self.base, max_epochs=self.budget.max_epochs, monitor=self.metric)
+        object.__setattr__(self, "base", base)
         for name in self.dimensions:
             if name not in FIELD_TYPES:
                 raise UsageError(
@@ -68,8 +77,24 @@ class SearchSpace:
                 )
             if name in FIXED_FIELDS:
                 raise UsageError(f"dimension {name!r} cannot vary within a search; set it in the base configuration")
+            self._check_bounds(name)
         for baseline in self.complete_baselines():
-            replace(self.base, **baseline)  # type: ignore[arg-type]  # checks every value
+            self.base.having(baseline)  # checks every value
+
+    def _check_bounds(self, name: str) -> None:
+        """Raise UsageError unless the ends of a dimension, or all its choices, are values the field may have."""
+        distribution = self.dimensions[name]
+        if isinstance(distribution, CategoricalDistribution):
+            values = list(distribution.choices)
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            values = [distribution.low, distribution.high]
+        else:
+            raise UsageError(f"dimension {name!r} is {distribution!r}; wanted one of optuna.distributions")
+        for value in values:
+            try:
+                check_backbone(self.base.having({name: value}).backbone)
+            except UsageError as error:
+                raise UsageError(f"dimension {name!r} reaches {error}") from error
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -103,7 +128,7 @@ class SearchSpace:
             budget = replace(budget, max_epochs=overrides["max_epochs"], grace_epochs=None)  # type: ignore[arg-type]
         baselines = tuple({k: v for k, v in b.items() if k not in overrides} for b in self.baselines)
         return SearchSpace(
-            base=replace(self.base, **overrides),  # type: ignore[arg-type]
+            base=self.base.having(overrides),
             dimensions={name: d for name, d in self.dimensions.items() if name not in overrides},
             baselines=baselines,
             budget=budget,
@@ -123,9 +148,10 @@ class SearchSpace:
 
 def _contains(distribution: BaseDistribution, value: Scalar) -> bool:
     try:
-        return distribution._contains(distribution.to_internal_repr(value))
+        create_trial(value=0.0, params={"x": value}, distributions={"x": distribution})
     except ValueError:
         return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from optuna.distributions import FloatDistribution
@@ -62,19 +63,36 @@ def LEARNING(assignment: Assignment, epoch: int) -> EpochResult:  # noqa: N802 -
     return epoch_result(epoch, round(0.9 - dropout - 0.3 / epoch, 6))
 
 
-def plan(*, num_trials: int = 8, seed: int = 0, halving: str = "asha") -> SearchPlan:
-    """A search over dropout and weight decay with two baselines."""
+BASELINES = ({"dropout": 0.0}, {"dropout": 0.499})
+
+
+def plan(
+    *,
+    num_trials: int = 8,
+    seed: int = 0,
+    halving: str = "asha",
+    keep_checkpoints: int = 10,
+    baselines: tuple[dict[str, float], ...] = BASELINES,
+) -> SearchPlan:
+    """A search over dropout and weight decay, by default with two baselines."""
     space = SearchSpace(
         base=TrainConfig(),
         dimensions={
             "dropout": FloatDistribution(0.0, 0.5),
             "weight_decay": FloatDistribution(1e-5, 1e-2, log=True),
         },
-        baselines=({"dropout": 0.0}, {"dropout": 0.499}),
+        baselines=baselines,
         budget=Budget(num_trials=num_trials, max_epochs=MAX_EPOCHS),
     )
     source = NamedSpace("sim", space, "0" * 16)
-    return SearchPlan(source=source, overrides={}, num_trials=num_trials, seed=seed, halving=halving)
+    return SearchPlan(
+        source=source,
+        overrides={},
+        num_trials=num_trials,
+        seed=seed,
+        halving=halving,
+        keep_checkpoints=keep_checkpoints,
+    )
 
 
 def new_experiment(results_dir: Path, *, name: str = "sim", num_trials: int = 8) -> Experiment:
@@ -85,14 +103,9 @@ def new_experiment(results_dir: Path, *, name: str = "sim", num_trials: int = 8)
     return Experiment.create(results_dir, name=name, info=info)
 
 
-def ledger_of(experiment: Experiment, *, num_trials: int, seed: int = 0, keep_checkpoints: int = 10) -> Ledger:
-    """The ledger of an experiment that is being driven."""
-    return make_ledger(
-        experiment,
-        plan(num_trials=num_trials, seed=seed),
-        keep_checkpoints=keep_checkpoints,
-        console=Silent(),  # type: ignore[arg-type]
-    )
+def ledger_of(experiment: Experiment, **of_plan: Any) -> Ledger:
+    """The ledger of an experiment that is being driven, two trials at a time."""
+    return make_ledger(experiment, plan(**of_plan), max_concurrent=2, console=Silent())  # type: ignore[arg-type]
 
 
 def run_search(experiment: Experiment, curve: Curve, *, num_trials: int, concurrent: int = 2) -> Ledger:

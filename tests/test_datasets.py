@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from results.schema import DataWarning, UsageError
-from trainables.datasets import LabelledImages, SplitImages, load_dataset, split, subsample_train
+from trainables.config import TrainConfig
+from trainables.datasets import DATASETS, LabelledImages, SplitImages, load_dataset, split, subsample_train
+from trainables.loop import ResidentImages, train
 
 CIFAR100 = Path(__file__).parent.parent.parent / "shared" / "data" / "cifar100"
 
@@ -106,6 +109,8 @@ def test_a_folder_of_mixed_images_is_read_and_the_corrupt_one_is_named(tmp_path:
     # Short sides: 20 four times (two of size 20, grey, alpha), then 21 to 27 twice each; the median is 23.
     assert data.images_NCHW.shape == (18, 3, 23, 23)
     assert data.class_names == ("cat", "dog")
+    results = list(train(TrainConfig(max_epochs=2, batch_size=4), ResidentImages.on("cpu", data)))
+    assert [r.epoch for r in results] == [1, 2]
 
 
 def test_alpha_shows_white_and_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
@@ -168,6 +173,55 @@ def test_parquet_files_without_the_columns_say_which_there_are(tmp_path: Path) -
     pq.write_table(pa.table({"pixels": [png(1)], "label": [0]}), tmp_path / "x.parquet")
     with pytest.raises(UsageError, match=r"no image column: it has pixels, label"):
         load_dataset(f"parquet:{tmp_path / 'x.parquet'}", data_dir="unused")
+
+
+def cifar_like(folder: Path, num_classes: int, label: str) -> None:
+    """The hub's layout with four training images and one test image of each class."""
+    folder.mkdir()
+    names = json.dumps({"info": {"features": {label: {"names": [f"class {i}" for i in range(num_classes)]}}}})
+    for part, per_class in (("train-00000-of-00001", 4), ("test-00000-of-00001", 1)):
+        labels = list(range(num_classes)) * per_class
+        table = pa.table({"img": [{"bytes": png(v), "path": None} for v in labels], label: labels})
+        pq.write_table(table.replace_schema_metadata({"huggingface": names}), folder / f"{part}.parquet")
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "folder", "parquet"])
+def test_datasets_keep_their_promises(name: str, tmp_path: Path) -> None:
+    if name in ("cifar10", "cifar100"):
+        cifar_like(tmp_path / name, int(name[5:]), "fine_label" if name == "cifar100" else "label")
+    elif name == "folder":
+        name = f"folder:{image_folder(tmp_path / 'images')}"
+    elif name == "parquet":
+        cifar_like(tmp_path / "images", 3, "label")
+        name = f"parquet:{tmp_path / 'images'}"
+    data = load_dataset(name, data_dir=tmp_path, image_size=6)
+    assert data.images_NCHW.dtype == np.uint8
+    assert data.images_NCHW.shape == (len(data.labels_N), data.channels, 6, 6)
+    assert len(data.class_names) == data.num_classes == len(set(data.labels_N[data.train]))
+    assert all(data.sizes().values())
+    assert load_dataset(name, data_dir=tmp_path, image_size=6).split_hash == data.split_hash
+    assert data.mean_C.shape == data.std_C.shape == (data.channels,)
+
+
+def test_cifar_without_its_test_part_is_refused(tmp_path: Path) -> None:
+    cifar_like(tmp_path / "cifar10", 10, "label")
+    (tmp_path / "cifar10" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(UsageError, match=r"has train-\*.parquet and no test-\*.parquet"):
+        load_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_another_sets_folder_is_refused(tmp_path: Path) -> None:
+    cifar_like(tmp_path / "mine", 7, "label")
+    with pytest.raises(UsageError, match="holds 7 classes, cifar10 has 10"):
+        load_dataset("cifar10", data_dir=tmp_path / "mine")
+
+
+def test_a_validation_folder_beside_a_test_folder_is_said_to_be_unused(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        image_folder(tmp_path / part, per_class=5)
+    with pytest.warns(DataWarning, match="val: not used, since there is an official test set"):
+        data = load_dataset(f"folder:{tmp_path}", data_dir="unused", image_size=8)
+    assert len(data.labels_N) == 20
 
 
 def test_unknown_datasets_list_the_choices() -> None:

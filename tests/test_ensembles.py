@@ -15,14 +15,14 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, fit_weights
 from orchestrator.diversity import disagreement, mean_disagreement
-from orchestrator.ensembling import Ensemble, choose, score_rows, shown_on_test
-from orchestrator.metrics import METRICS, mean_scored, score
+from orchestrator.ensembling import choose, score_rows, shown_on_test
+from orchestrator.metrics import METRICS, score
 from orchestrator.pool import Candidate, Candidates, EstimatePool, Pool, SelectPool, TestPool
-from orchestrator.selection import SELECTORS, Selection, uniform
+from orchestrator.selection import SELECTORS
 from orchestrator.statistics import interval, resampled_means
 from results.schema import FloatArray
 from tests.conftest import ROOT
-from trainables.evaluation import ece, log_softmax
+from trainables.validation import ece, log_softmax
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -218,8 +218,9 @@ def test_choosing_on_test_predictions_does_not_type_check(tmp_path: Path) -> Non
 @settings(max_examples=20, deadline=None)
 @given(seed=SEEDS)
 def test_metrics_agree_with_scikit_learn(seed: int) -> None:
-    select = select_pool(seed)
-    log_probs, labels = select.log_probs_MNC[0], select.labels_N
+    rng = np.random.default_rng(seed)
+    # No two scores are equal: scikit-learn breaks ties in another way.
+    log_probs, labels = log_softmax(rng.normal(size=(200, 7))), np.arange(200) % 7
     scored = score(log_probs, labels, log_probs_NC=log_probs)
     values = scored.metrics(scored.columns_NK.mean(0))
     probs = np.exp(log_probs)
@@ -231,18 +232,27 @@ def test_metrics_agree_with_scikit_learn(seed: int) -> None:
     assert values["ece"] == pytest.approx(ece(probs, labels))
 
 
+def test_of_equal_scores_the_first_class_wins() -> None:
+    scores = np.zeros((6, 6))
+    scored = score(scores, np.arange(6), log_probs_NC=None)
+    assert scored.columns_NK[:, 0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert scored.columns_NK[:, 1].tolist() == [1, 1, 1, 1, 1, 0]
+
+
 def test_without_probabilities_there_are_no_metrics_of_probabilities() -> None:
     select = select_pool()
     scored = score(select.log_probs_MNC[0], select.labels_N, log_probs_NC=None)
     assert set(scored.metrics(scored.columns_NK.mean(0))) == {"accuracy", "top5_accuracy"}
 
 
-def test_a_mean_over_draws_is_the_mean_of_the_metrics() -> None:
-    select = select_pool()
-    parts = [score(p, select.labels_N, log_probs_NC=p) for p in select.log_probs_MNC]
-    together = mean_scored(parts).columns_NK.mean(0)
-    singles = [p.metrics(p.columns_NK.mean(0))["nll"] for p in parts]
-    assert parts[0].metrics(together)["nll"] == pytest.approx(np.mean(singles))
+def test_a_control_of_several_draws_is_the_mean_of_their_metrics() -> None:
+    rows = choose(select_pool(), k=2, selection="top", combiner="mean", rng=np.random.default_rng(0))
+    estimate = pool(1, of=EstimatePool)
+    records = score_rows(rows, estimate, ensemble_id="e", candidates=candidates(6), rng=np.random.default_rng(0))
+    draws = [ensemble.score(estimate) for ensemble in rows[-1].ensembles]
+    for metric in METRICS:
+        (record,) = (r for r in records if r.selection == "random" and r.metric == metric)
+        assert record.value == pytest.approx(np.mean([d.metrics(d.columns_NK.mean(0))[metric] for d in draws]))
 
 
 # --- calibration and statistics ---
@@ -333,15 +343,6 @@ def test_gains_are_positive_when_an_ensemble_is_better_whatever_the_metric() -> 
             assert record.gain_ci_low > 0
             assert record.training_seconds == 10 + 20 + 30 + 40 + 50
             assert record.multiply_adds == 500
-
-
-def test_an_ensembles_temperature_comes_from_select_alone() -> None:
-    select = select_pool()
-    ensemble = Ensemble.fit(uniform([0, 1]), "mean", select)
-    pooled = COMBINERS["mean"](select.log_probs_MNC[:2], np.full(2, 0.5)).log_probs_NC
-    assert pooled is not None
-    assert ensemble.temperature == fit_temperature(pooled, select.labels_N)
-    assert Ensemble.fit(Selection((0,), np.ones(1)), "vote", select).temperature is None
 
 
 def test_disagreement_of_a_case_worked_by_hand() -> None:

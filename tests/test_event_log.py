@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from results.events import Decided, EpochReported, Event, EventLog, decode, encode, read_events
+from results.events import Decided, EpochReported, EventLog, decode, encode, read_events
 from results.schema import (
     DataWarning,
     EstimatePredictions,
@@ -23,7 +23,7 @@ from results.schema import (
     TestPredictions,
     UsageError,
 )
-from results.store import Experiment, ExperimentLocked, Superseded, TrialFiles, names, replacing
+from results.store import Experiment, ExperimentLocked, Superseded, TrialFiles, names, replace_file
 from results.study import open_study
 from tests.simulation import LEARNING, epoch_result, new_experiment, run_search
 
@@ -172,11 +172,10 @@ def test_a_worker_of_an_earlier_driver_cannot_write(tmp_path: Path) -> None:
     experiment = new_experiment(tmp_path)
     with experiment.driving():
         files = experiment.files("t00000")
-        with files.replacing(files.resume) as temporary:
-            temporary.write_text("current")
+        files.replace(files.resume, b"current")
     experiment.rebuild()
-    with pytest.raises(Superseded, match="driver 1; driver 2 has taken over"), files.replacing(files.resume) as path:
-        path.write_text("late")
+    with pytest.raises(Superseded, match="driver 1; driver 2 has taken over"):
+        files.replace(files.resume, b"late")
     assert files.resume.read_text() == "current"
     assert [p.name for p in files.resume.parent.iterdir()] == ["resume.pt"]
 
@@ -204,17 +203,14 @@ def test_a_results_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None
         Experiment.create(tmp_path / "file", name="x", info=experiment.info)
 
 
-def test_an_interrupted_replacement_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_replacement_that_is_not_permitted_leaves_the_old_file(tmp_path: Path) -> None:
+    def forbid() -> None:
+        raise Superseded("too late")
+
     path = tmp_path / "file"
     path.write_text("old")
-
-    def interrupted() -> None:
-        with replacing(path, sync=True) as temporary:
-            temporary.write_text("new")
-            raise KeyError("boom")
-
-    with pytest.raises(KeyError, match="boom"):
-        interrupted()
+    with pytest.raises(Superseded, match="too late"):
+        replace_file(path, b"new", sync=True, permitted=forbid)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
@@ -244,9 +240,14 @@ def test_predictions_of_unequal_length_cannot_be_built() -> None:
 def test_a_log_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     experiment = new_experiment(tmp_path)
     run_search(experiment, LEARNING, num_trials=1)
-    gap: list[Event] = [EpochReported(at=1.0, trial_id="t00000", node="", result=epoch_result(99, 0.5))]
-    with experiment.driving(), pytest.raises(UsageError, match="epoch 99 of t00000 after epoch 9"):
-        experiment.record(*gap)
+    gap = EpochReported(at=1.0, trial_id="t00000", node="", result=epoch_result(99, 0.5))
+    stranger = EpochReported(at=1.0, trial_id="t00077", node="", result=epoch_result(1, 0.5))
+    with experiment.driving():
+        with pytest.raises(UsageError, match="epoch 99 of t00000 after epoch 9"):
+            experiment.record(gap)
+        with pytest.raises(UsageError, match="epoch of t00077, which never started"):
+            experiment.record(stranger)
+    assert len(Experiment.open(tmp_path, experiment.name).trials()) == 1  # neither was written
 
 
 def test_diverged_results_are_known_by_their_figures() -> None:

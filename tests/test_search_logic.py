@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from orchestrator.halving import HALVINGS, Asha
 from orchestrator.plan import check_same_data, resumed
-from orchestrator.proposals import make_sampler
+from orchestrator.search import make_ledger
 from results.events import EpochReported, read_events
 from results.schema import EpochResult, UsageError
 from results.store import Experiment
+from results.study import open_study
 from search_spaces.space import Budget, NamedSpace, SearchSpace, available, load_space
 from tests.simulation import (
     LEARNING,
     MAX_EPOCHS,
     Assignment,
+    Silent,
     advance,
     epoch_result,
     ledger_of,
@@ -63,21 +65,26 @@ def test_asha_decides_as_ray_tunes_scheduler_does(grace: int, factor: int, epoch
 
 
 @pytest.mark.parametrize("name", HALVINGS)
-def test_a_halving_judges_again_as_before_when_replayed(name: str) -> None:
-    def judged() -> list[bool]:
-        halving = HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max")
-        values = np.random.default_rng(5).random((6, 8))
-        return [
-            halving.judge(f"t{t}", epoch=e + 1, value=float(values[t, e])).go_on for e in range(8) for t in range(6)
-        ]
-
-    assert judged() == judged()
+def test_a_halving_goes_on_as_before_once_told_again_what_it_had_judged(name: str) -> None:
+    values = np.random.default_rng(5).random((9, 8))
+    told = [(f"t{trial}", epoch + 1, float(values[trial, epoch])) for trial in range(9) for epoch in range(8)]
+    first, second = (HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max") for _ in range(2))
+    for trial_id, epoch, value in told[:40]:
+        first.judge(trial_id, epoch=epoch, value=value)
+        second.judge(trial_id, epoch=epoch, value=value)
+    del first
+    whole = HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max")
+    judged = [whole.judge(trial_id, epoch=epoch, value=value) for trial_id, epoch, value in told]
+    assert [second.judge(trial_id, epoch=epoch, value=value) for trial_id, epoch, value in told[40:]] == judged[40:]
+    if name == "asha":
+        assert {j.go_on for j in judged[40:]} == {True, False}
 
 
 def test_rungs_of_a_short_budget_begin_at_a_third_of_it() -> None:
     assert Budget(max_epochs=9).grace == 3
     assert Asha(grace_epochs=3, max_epochs=9, factor=3, mode="max").rung_epochs == [3]
     assert Asha(grace_epochs=1, max_epochs=27, factor=3, mode="max").rung_epochs == [1, 3, 9]
+    assert Asha(grace_epochs=1, max_epochs=5, factor=1.5, mode="max").rung_epochs == [1, 2, 3]
     assert Budget(max_epochs=1).grace == 1
 
 
@@ -88,7 +95,8 @@ def test_every_trial_asked_for_runs_once_baselines_first(tmp_path: Path) -> None
     assert list(trials["trial_id"]) == [f"t{i:05d}" for i in range(9)]
     assert list(trials["origin"][:2]) == ["baseline", "baseline"]
     assert list(trials["config.dropout"][:2]) == [0.0, 0.499]
-    assert (trials["origin"] == "model").sum() >= 3  # the startup phase takes a third at most
+    assert (trials["origin"] == "startup").sum() <= 9 / 3
+    assert (trials["origin"] == "model").sum() >= 4
     assert trials["seed"].is_unique
 
 
@@ -181,23 +189,30 @@ def test_a_decision_lost_in_a_crash_is_made_at_the_resume(tmp_path: Path) -> Non
 
 
 def test_a_resumed_sampler_draws_new_points(tmp_path: Path) -> None:
-    seeds = {make_sampler(num_trials=24, seed=0, trials_so_far=n)._rng.rng.randint(2**31) for n in range(5)}
-    assert len(seeds) == 5
     experiment = new_experiment(tmp_path)
-    for steps in (30, None):
+    for num_trials in (1, 2, 3):  # each draws one more point at random, from a sampler made anew
         with experiment.driving():
-            advance(ledger_of(experiment, num_trials=8), LEARNING, steps=steps)
-    drawn = experiment.trials().query("origin != 'baseline'")["config.dropout"]
-    assert drawn.is_unique
+            advance(ledger_of(experiment, num_trials=num_trials, baselines=()), LEARNING)
+    trials = experiment.trials()
+    assert set(trials["origin"]) == {"startup", "model"}
+    assert trials["config.dropout"].is_unique
 
 
-def test_startup_is_at_most_a_third() -> None:
-    assert [make_sampler(num_trials=n, seed=0, trials_so_far=0)._n_startup_trials for n in (1, 3, 24, 300)] == [
-        0,
-        1,
-        8,
-        10,
-    ]
+@pytest.mark.parametrize(("num_trials", "concurrent"), [(9, 2), (24, 2), (24, 8), (60, 4), (3, 1)])
+def test_at_most_a_third_is_drawn_without_the_model(tmp_path: Path, num_trials: int, concurrent: int) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        sampled = plan(num_trials=num_trials, baselines=())
+        ledger = make_ledger(experiment, sampled, max_concurrent=concurrent, console=Silent())  # type: ignore[arg-type]
+        advance(ledger, LEARNING, concurrent=concurrent)
+    assert 1 <= (experiment.trials()["origin"] == "startup").sum() <= num_trials / 3
+
+
+def test_fewer_trials_than_baselines_leave_nothing_waiting(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=1)
+    study = open_study(experiment.study_path, name=experiment.name, mode="max")
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"]
 
 
 def test_only_the_best_checkpoints_are_kept_and_rows_say_so(tmp_path: Path) -> None:
@@ -218,6 +233,34 @@ def test_only_the_best_checkpoints_are_kept_and_rows_say_so(tmp_path: Path) -> N
     assert set(kept["trial_id"]) == set(best["trial_id"])
     on_disk = {str(p.relative_to(experiment.root)) for p in experiment.root.glob("checkpoints/*/*")}
     assert on_disk == set(kept["checkpoint"])
+
+
+def test_an_end_lost_in_a_crash_is_written_at_the_resume(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=8)
+    rows = experiment.trials().to_dict("records")
+    for segment in sorted((experiment.root / "events").iterdir()):
+        kept = [line for line in segment.read_text().splitlines() if '"event": "trial_ended"' not in line]
+        segment.write_text("".join(f"{line}\n" for line in kept))
+    with experiment.driving():
+        assert len(experiment.history.unfinished) == 8
+        assert ledger_of(experiment, num_trials=8).finished
+    again = experiment.trials().to_dict("records")
+    for row, other in zip(rows, again, strict=True):
+        assert (row["status"], row["stop_reason"]) == (other["status"], other["stop_reason"])
+
+
+def test_a_crashed_trial_has_the_figures_of_what_it_left(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=1)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        for epoch in range(1, 6):
+            ledger.report(assignment.trial_id, LEARNING(assignment, epoch), node="")
+        ledger.failed(assignment.trial_id, "boom")
+    row = experiment.trials().iloc[0]
+    assert (row["epochs_trained"], row["best_epoch"]) == (5, 3)  # weights were last stored at the rung
 
 
 def test_a_crashed_trial_is_told_as_failed(tmp_path: Path) -> None:
@@ -292,6 +335,16 @@ def test_unknown_spaces_list_the_choices() -> None:
         ({"dimensions": {"dataset": FloatDistribution(0, 1)}}, "'dataset' cannot vary within a search"),
         ({"baselines": ({"dropout": 0.9},)}, "dropout=0.9 lies outside"),
         ({"baselines": ({"lr": 0.1},)}, "sets lr, which are not dimensions"),
+        ({"dimensions": {"dropout": FloatDistribution(0, 3)}}, r"'dropout' reaches dropout=3.0: wanted a number in"),
+        (
+            {"dimensions": {"patience": FloatDistribution(0, 5)}},
+            "reaches patience=0.0: wanted a whole number",
+        ),
+        (
+            {"dimensions": {"backbone": CategoricalDistribution(["vgg"])}},
+            "reaches there is no backbone 'vgg'",
+        ),
+        ({"dimensions": {"dropout": (0, 1)}}, r"wanted one of optuna.distributions"),
         ({"metric": "test_accuracy"}, "wanted one of val_accuracy, val_nll"),
     ],
 )
@@ -320,10 +373,12 @@ def test_a_resume_with_a_changed_space_says_what_changed(tmp_path: Path) -> None
         source=NamedSpace("sim", wider, ""), overrides={"lr": 0.2}, num_trials=None, seed=0, halving="asha"
     )
     with pytest.raises(UsageError, match=r"base.lr was 0.1 and is 0.2; dimensions.dropout was .*high=0.5.* is .*0.6"):
-        resumed(changed, info, seed=None, halving=None)
+        resumed(changed, info)
+    assert resumed(plan(keep_checkpoints=3), info).keep_checkpoints == 10
+    assert resumed(plan(), info, keep_checkpoints=3).keep_checkpoints == 3
     with pytest.raises(UsageError, match=r"seed was 0 and is 7; halving was asha and is none"):
         resumed(plan(), info, seed=7, halving="none")
-    longer = resumed(plan(num_trials=50), info, seed=None, halving=None)
+    longer = resumed(plan(num_trials=50), info)
     assert longer.space.budget.num_trials == 50
 
 

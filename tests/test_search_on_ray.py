@@ -104,7 +104,6 @@ def fresh_logits(trial: TrialStarted, folder: Path) -> np.ndarray:
         list(run_trial(config, ResidentImages.on("cpu", data), files=files))
     finally:
         torch.set_num_threads(threads)
-    (folder / "experiment.json").write_text("{}")
     return pd.read_parquet(files.predictions).query("split == 'select'")["logits"].to_numpy()
 
 
@@ -168,8 +167,8 @@ def replayed(experiment: Experiment) -> object:
     """The halving of a search, restored from its log."""
     source = load_space(str(experiment.root.parent.parent / "slow.py"))
     plan = SearchPlan(source=source, overrides={}, num_trials=None, seed=0, halving="asha")
-    plan = resumed(plan, experiment.info, seed=None, halving=None)
-    return make_ledger(experiment, plan, keep_checkpoints=10, console=Silent()).halving  # type: ignore[arg-type]
+    plan = resumed(plan, experiment.info)
+    return make_ledger(experiment, plan, max_concurrent=2, console=Silent()).halving  # type: ignore[arg-type]
 
 
 def ended_rows(root: Path) -> dict[str, str]:
@@ -336,6 +335,17 @@ def test_a_search_that_ray_cannot_serve_makes_no_experiment(tmp_path: Path, comm
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "results").exists()
+
+
+def test_sigterm_is_an_interrupt_too(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_SPACE)
+    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
+    with running(tmp_path, "slow.py", "--results-dir", "runs", output=output) as process:
+        wait_for_epochs(root, 1, process, output)
+        process.terminate()
+        assert process.wait(timeout=60) == 130
+    assert "interrupted; nothing is lost" in output.read_text()
+    assert Experiment.open(root.parent, "slow").history.state == "interrupted"
 
 
 def test_a_search_whose_every_trial_fails_is_failed(tmp_path: Path, command: CommandLine) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,14 +15,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from results.schema import SelectPredictions, UsageError
+from trainables import loop
 from trainables.augment import EpochDraws, augment, cutout, shifted
 from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig, parse_overrides
-from trainables.datasets import SplitImages
-from trainables.evaluation import ece, log_softmax, nll, predict
+from trainables.datasets import LabelledImages, SplitImages, split
+from trainables.evaluation import predict
 from trainables.loop import ResidentImages, TrainState, predictions, train
 from trainables.mixing import mixup
-from trainables.optim import ema_of, learning_rate, sgd
+from trainables.optim import MovingAverage, learning_rate, sgd
+from trainables.validation import ece, log_softmax, nll
 
 EVERYTHING = TrainConfig(
     max_epochs=3,
@@ -154,6 +158,32 @@ def test_without_validation_the_last_epoch_counts(digits: SplitImages) -> None:
     assert results[-1].val_accuracy is None
 
 
+@pytest.mark.parametrize(("monitor", "best"), [("val_accuracy", max), ("val_nll", min)])
+def test_the_best_epoch_is_that_of_the_monitored_figure(
+    monitor: str, best: Callable[..., float], resident_digits: ResidentImages
+) -> None:
+    config = replace(EVERYTHING, max_epochs=6, monitor=monitor, lr=0.3, warmup_epochs=0)
+    results = list(train(config, resident_digits))
+    figures = [getattr(r, monitor) for r in results]
+    assert getattr(results[results[-1].best_epoch - 1], monitor) == best(figures)
+
+
+def test_clean_train_accuracy_sees_every_class_of_ordered_images() -> None:
+    labels = np.repeat(np.arange(20), 50)
+    images = np.broadcast_to((labels * 12).astype(np.uint8)[:, None, None, None], (1000, 1, 8, 8)).copy()
+    data = split(LabelledImages(images, labels, 0, tuple(map(str, range(20)))), val_fraction=0.1)
+
+    class Seen(torch.nn.Module):
+        seen: ClassVar[set[int]] = set()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen.update(images[:, 0, 0, 0].int().tolist())
+            return torch.zeros(len(images), 20)
+
+    loop._clean_train_accuracy(ResidentImages.on("cpu", data), Seen())
+    assert len(Seen.seen) == 20
+
+
 def test_best_weights_are_those_behind_the_best_epochs_figures(resident_digits: ResidentImages) -> None:
     state = TrainState(EVERYTHING, resident_digits)
     results = list(train(EVERYTHING, resident_digits, state=state))
@@ -200,6 +230,15 @@ def test_shifted_equals_padding_and_slicing(row: int, column: int) -> None:
     padded[:, :, 3:8, 3:8] = image
     expected = padded[:, :, row : row + 5, column : column + 5]
     assert torch.equal(shifted(image, torch.tensor([[row, column]]), padding=3), expected)
+
+
+def test_cutout_never_hides_a_whole_small_image() -> None:
+    config = TrainConfig(cutout_size=16, crop_padding=0, flip=False)
+    draws = EpochDraws.draw(config, epoch=1, num_images=64, image_size=8, device="cpu")
+    white = torch.full((64, 1, 8, 8), 255, dtype=torch.uint8)
+    cut = augment(white, torch.arange(64), draws, config=config, fill_C=torch.zeros(1))
+    assert ((cut == 0).sum((1, 2, 3)) <= 16).all()
+    assert (cut == 0).any()
 
 
 def test_cutout_fills_one_square_cut_off_at_the_border() -> None:
@@ -257,11 +296,11 @@ def test_weight_decay_spares_vectors_unless_told_otherwise(decay_norm_and_bias: 
 def test_moving_average_follows_its_formula() -> None:
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(0.0)
-    average = ema_of(net, decay=0.5)
+    average = MovingAverage(net, decay=0.5)
     values = [1.0, 2.0, 4.0]
     for value in values:
         net.weight.data.fill_(value)
-        average.update_parameters(net)
+        average.update(net)
     # The first update copies (1.0); then decays min(.5, 2/11) and min(.5, 3/12):
     # 1 + (2 - 1) x 9/11 = 1.8182; 1.8182 + (4 - 1.8182) x 9/12 = 3.4545.
     assert average.module.weight.item() == pytest.approx(3.4545, abs=1e-4)
@@ -294,7 +333,7 @@ def test_logits_beyond_float16_are_clamped(noise_images: SplitImages) -> None:
         ("dropout=1", r"dropout=1.0: wanted a number in \[0, 1\)"),
         ("lr=nan", "lr=nan: wanted a finite number above 0"),
         ("lr=-1", "wanted a finite number above 0"),
-        ("batch_size=0", "batch_size=0: wanted 1 or more"),
+        ("batch_size=1", "batch_size=1: wanted 2 or more"),
         ("batch_size=1.5", "wanted a whole number"),
         ("flip=maybe", "wanted true or false"),
         ("droput=0.1", "TrainConfig has no field 'droput'; there are dataset, backbone"),

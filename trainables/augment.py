@@ -74,7 +74,12 @@ def augment(
         images_BCHW = torch.where(draws.flip_N[positions_B, None, None, None], images_BCHW.flip(-1), images_BCHW)
     images_BCHW = images_BCHW.float()
     if draws.cutout_centre_N2 is not None:
-        images_BCHW = cutout(images_BCHW, draws.cutout_centre_N2[positions_B], size=config.cutout_size, fill_C=fill_C)
+        images_BCHW = cutout(
+            images_BCHW,
+            draws.cutout_centre_N2[positions_B],
+            size=min(config.cutout_size, images_BCHW.shape[-1] // 2),
+            fill_C=fill_C,
+        )
     return images_BCHW
 
 

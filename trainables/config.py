@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from results.schema import Scalar, UsageError
@@ -44,12 +44,14 @@ class TrainConfig:
     crop_padding: int = 4
     flip: bool = True
     cutout_size: int = 0
-    """Side in pixels of the square blanked out (DeVries & Taylor 2017); 0: none."""
+    """Side in pixels of the square blanked out (DeVries & Taylor 2017), at most half the image's; 0: none."""
     cutout_probability: float = 1.0
     ema_decay: float = 0.0
     """Decay of the weights' exponential moving average; 0: none. Reported figures are then the average's."""
+    monitor: str = "val_accuracy"
+    """What the best epoch and patience go by: `val_accuracy` or `val_nll`. A search sets it to its metric."""
     patience: int = 0
-    """Epochs without a better validation accuracy after which training ends; 0: never early."""
+    """Epochs without a better monitored figure after which training ends; 0: never early."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +66,10 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UsageError(f"{name}={value!r}: wanted {wanted}")
+
+    def having(self, values: Mapping[str, Scalar]) -> TrainConfig:
+        """A copy with fields set by name, checked like any other. Raises UsageError for wrong values."""
+        return replace(self, **values)  # type: ignore[arg-type]  # checked when it is made
 
     def to_dict(self) -> dict[str, Scalar]:
         """The fields as plain values, in order."""
@@ -114,7 +120,9 @@ ANNOTATIONS = {f.name: str(f.type) for f in fields(TrainConfig)}
 RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
     (("train_fraction",), "a fraction in (0, 1]", lambda x: 0 < x <= 1),
     (("val_fraction",), "a fraction in [0, 1)", lambda x: 0 <= x < 1),
-    (("max_epochs", "batch_size", "image_size"), "1 or more", lambda x: x >= 1),
+    (("max_epochs", "image_size"), "1 or more", lambda x: x >= 1),
+    (("batch_size",), "2 or more: batch normalization needs them", lambda x: x >= 2),
+    (("monitor",), "val_accuracy or val_nll", lambda x: x in {"val_accuracy", "val_nll"}),
     (("lr",), "a finite number above 0", lambda x: 0 < x < float("inf")),
     (("warmup_epochs", "weight_decay", "mixup_alpha"), "a finite number, 0 or more", lambda x: 0 <= x < float("inf")),
     (("crop_padding", "cutout_size", "patience", "seed"), "0 or more", lambda x: x >= 0),

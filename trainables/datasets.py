@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from results.schema import FloatArray, IntArray, UsageError
+from results.schema import DataWarning, FloatArray, IntArray, UsageError
 from trainables.image_files import (
     EncodedImage,
     Pixels,
@@ -223,6 +224,8 @@ def _cifar(
 ) -> LabelledImages:
     for folder in (data_dir, data_dir / name):
         if any(folder.glob("train-*.parquet")):
+            if not any(folder.glob("test-*.parquet")):
+                raise UsageError(f"{folder} has train-*.parquet and no test-*.parquet; put {name}'s there")
             data = _parquet(folder, image_size)
             if len(data.class_names) != num_classes:
                 raise UsageError(
@@ -263,9 +266,10 @@ def _folder(root: Path, image_size: int | None) -> LabelledImages:
     if not root.is_dir():
         raise UsageError(f"folder:{root} is not a folder; give one with a folder of images for each class")
     train_root = root / "train" if (root / "train").is_dir() else root
-    test_root = next((root / n for n in ("test", "val", "valid") if (root / n).is_dir()), None)
-    if train_root == root:
-        test_root = None
+    official = [root / n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()]
+    test_root = official[0] if official and train_root != root else None
+    if test_root is not None:
+        _say_what_is_unused(official[1:])
     names = [path.name for path in class_folders(train_root)]
     train = images_in(train_root, names)
     if not train:
@@ -278,6 +282,8 @@ def _folder(root: Path, image_size: int | None) -> LabelledImages:
         if unknown:
             raise UsageError(f"{test_root} has classes that {train_root} has not: {', '.join(unknown)}")
         test = images_in(test_root, names)
+        if not test:
+            raise UsageError(f"no images in {test_root}; add some or remove the folder")
     return _decoded(train, test, names, root, image_size)
 
 
@@ -287,8 +293,10 @@ def _parquet(path: Path, image_size: int | None) -> LabelledImages:
         train_parts, test_parts = [path], []
     else:
         parts = sorted(path.glob("*.parquet"))
-        test_parts = [p for p in parts if p.name.startswith(("test", "val"))]
-        train_parts = [p for p in parts if p.name.startswith("train")] or [p for p in parts if p not in test_parts]
+        by_prefix = {prefix: [p for p in parts if p.name.startswith(prefix)] for prefix in ("train", "test", "val")}
+        test_parts = by_prefix["test"] or by_prefix["val"]
+        _say_what_is_unused(by_prefix["val"] if by_prefix["test"] else [])
+        train_parts = by_prefix["train"] or [p for p in parts if not p.name.startswith(("test", "val"))]
     if not train_parts:
         raise UsageError(f"no parquet files with training images in {path}; wanted train-*.parquet there")
     train, names, values = read_parquet_images(train_parts)
@@ -304,6 +312,16 @@ def _parquet(path: Path, image_size: int | None) -> LabelledImages:
     train = [replace(image, label=label) for image, label in zip(train, values, strict=True)]
     test = [replace(image, label=label) for image, label in zip(test, test_values, strict=True)]
     return _decoded(train, test, names, path, image_size)
+
+
+def _say_what_is_unused(paths: Sequence[Path]) -> None:
+    if paths:
+        warnings.warn(
+            f"{', '.join(map(str, paths))}: not used, since there is an official test set and validation is split "
+            f"off the training images",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def _decoded(

@@ -61,9 +61,12 @@ def decode_all(images: Sequence[EncodedImage], *, image_size: int | None) -> tup
     """
     side = image_size or _typical_side(images)
     _check_memory(len(images), side)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
         decoded = [d for part in pool.map(lambda chunk: [_decode(i, side) for i in chunk], chunks) for d in part]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
     readable = np.array([not isinstance(d, str) for d in decoded])
     bad = [f"{image.name} ({d})" for image, d in zip(images, decoded, strict=True) if isinstance(d, str)]
     if bad:

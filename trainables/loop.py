@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ from trainables.augment import DROPOUT, EpochDraws, augment, generator
 from trainables.backbones import BACKBONES, check_backbone
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.evaluation import accuracy, ece, log_softmax, nll, predict
+from trainables.evaluation import predict
 from trainables.mixing import MixedLabels, mixup
-from trainables.optim import ema_of, learning_rate, set_learning_rate, sgd
+from trainables.optim import MovingAverage, learning_rate, set_learning_rate, sgd
+from trainables.validation import accuracy, ece, log_softmax, nll
 
 CLEAN_TRAIN_SAMPLE = 512
 P = TypeVar("P", bound=Predictions)
@@ -99,8 +101,10 @@ class TrainState:
         model = Classifier(backbone, mean_C=mean_C, std_C=std_C)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.multiply_adds = multiply_adds(model, channels=split.channels, image_size=split.image_size)
+        if data.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.model = model.to(data.device).to(memory_format=torch.channels_last)
-        self.ema = ema_of(self.model, decay=config.ema_decay) if config.ema_decay else None
+        self.ema = MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.optimizer = sgd(self.model, config)
         self.best_weights: dict[str, Tensor] = {}
         self.results: list[EpochResult] = []
@@ -221,7 +225,7 @@ def _train_steps(config: TrainConfig, data: ResidentImages, state: TrainState, *
             loss.backward()
             state.optimizer.step()
             if state.ema is not None:
-                state.ema.update_parameters(state.model)
+                state.ema.update(state.model)
             # Summed on the device: reading a figure would stop the device until it has caught up.
             loss_sum += loss.detach()
             correct += labels.correct(logits_BC.detach())
@@ -247,7 +251,10 @@ def _batch(
 
 
 def _clean_train_accuracy(data: ResidentImages, model: nn.Module) -> float:
-    sample = data.train_N[:: max(1, len(data.train_N) // CLEAN_TRAIN_SAMPLE)][:CLEAN_TRAIN_SAMPLE]
+    num_images = len(data.train_N)
+    # Evenly spread: images of a class often lie together.
+    spread = np.linspace(0, num_images - 1, min(num_images, CLEAN_TRAIN_SAMPLE)).astype(np.int64)
+    sample = data.train_N[torch.from_numpy(spread).to(data.train_N.device)]
     return accuracy(predict(model, data.images_NCHW, sample), data.labels_N[sample].cpu().numpy())
 
 
@@ -271,7 +278,7 @@ def _validation_figures(data: ResidentImages, state: TrainState) -> dict[str, fl
 def _remember(config: TrainConfig, state: TrainState, result: EpochResult) -> EpochResult:
     """Append a result; keep the weights when no earlier epoch was better. Without validation the last counts."""
     best = next((r for r in state.results if r.epoch == state.results[-1].best_epoch), None)
-    is_best = best is None or result.val_accuracy is None or _rank(result) > _rank(best)
+    is_best = best is None or result.val_accuracy is None or _rank(result, config) > _rank(best, config)
     if is_best and not result.diverged:
         state.best_weights = {name: t.detach().cpu().clone() for name, t in state.evaluated.state_dict().items()}
         best = result
@@ -282,9 +289,10 @@ def _remember(config: TrainConfig, state: TrainState, result: EpochResult) -> Ep
     return result
 
 
-def _rank(result: EpochResult) -> tuple[float, float]:
-    """Higher is better: validation accuracy, then lower NLL."""
-    return (result.val_accuracy or 0.0, -(result.val_nll or 0.0))
+def _rank(result: EpochResult, config: TrainConfig) -> tuple[float, float]:
+    """Higher is better: by the figure that is monitored, then by the other."""
+    accuracy_and_nll = (result.val_accuracy or 0.0, -(result.val_nll or 0.0))
+    return accuracy_and_nll if config.monitor == "val_accuracy" else accuracy_and_nll[::-1]
 
 
 def predictions(model: nn.Module, data: ResidentImages, of: type[P]) -> P:
@@ -306,4 +314,4 @@ def peak_memory_bytes(device: str) -> int:
     """Most memory taken so far: by tensors on a GPU, by the process elsewhere."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

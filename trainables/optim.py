@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from trainables.config import TrainConfig
 
@@ -46,20 +46,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def ema_of(model: nn.Module, *, decay: float) -> AveragedModel:
-    """A moving average of weights and buffers; `update_parameters` after each step.
+class MovingAverage:
+    """An exponential moving average of a model's weights and buffers; `update` after each step.
 
     The decay starts low and rises to `decay`, as min(decay, (1 + n) / (10 + n)) after n updates, so that short
-    trainings are not averages of their initialization.
+    trainings are not averages of their initialization; the first update copies. The count stays on the host:
+    torch's AveragedModel keeps it on the device, where reading it would stop every step.
     """
 
-    def average(averaged: Sequence[Tensor], current: Iterable[Tensor], num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average_tensor, tensor in zip(averaged, current, strict=True):
-            if average_tensor.is_floating_point():
-                average_tensor.lerp_(tensor, weight)
-            else:
-                average_tensor.copy_(tensor)
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self._decay = decay
+        self._updates = 0
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the model's present weights and buffers into account."""
+        n = self._updates
+        weight = 1 - min(self._decay, (1 + n) / (10 + n)) if n else 1.0
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floating], [new for _, new in floating], weight)
+        for average, new in pairs:
+            if not average.is_floating_point():
+                average.copy_(new)
+        self._updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        return {"module": self.module.state_dict(), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.module.load_state_dict(state["module"])
+        self._updates = state["updates"]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

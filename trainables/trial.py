@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from results.schema import EpochResult, EstimatePredictions, SelectPredictions, TestPredictions
 from results.store import TrialFiles
@@ -35,16 +36,20 @@ def run_trial(
     for result in train(config, data, state=state):
         if state.best_weights and (result.epoch in rung_epochs or finished(config, state)):
             save_best(state, data, files)
-        with files.replacing(files.resume) as temporary:
-            torch.save(state.state_dict(), temporary)
+        files.replace(files.resume, _serialized(state))
         yield result
+
+
+def _serialized(state: TrainState) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    return buffer.getvalue()
 
 
 def save_best(state: TrainState, data: ResidentImages, files: TrialFiles) -> None:
     """Store the best epoch's weights, and what they predict for every split that has examples."""
     weights: dict[str, Any] = {name: tensor.contiguous() for name, tensor in state.best_weights.items()}
-    with files.replacing(files.best) as temporary:
-        save_file(weights, temporary, metadata={"epoch": str(state.results[-1].best_epoch)})
+    files.replace(files.best, save(weights, metadata={"epoch": str(state.results[-1].best_epoch)}))
     model = state.best_model()
     parts = [predictions(model, data, of) for of in (SelectPredictions, EstimatePredictions, TestPredictions)]
     files.write_predictions([part for part in parts if len(part.labels_N)], variant="best")
