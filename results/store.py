@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from results.events import Event, EventLog, ExperimentStarted, read_events
+from results.files import json_bytes, parquet_bytes, replace_file, rows_bytes
 from results.history import History, TrialHistory, epoch_record
 from results.schema import (
     PREDICTIONS,
@@ -54,40 +54,6 @@ class Superseded(RuntimeError):
 
 class ExperimentLocked(UsageError):
     """Another process is writing to the experiment."""
-
-
-def replace_file(path: Path, content: bytes, *, sync: bool, permitted: Callable[[], None] = lambda: None) -> None:
-    """Write a file in one step: it is there whole or, whatever happens, as it was before.
-
-    `sync`: survive a power failure too. `permitted` is asked just before, and may raise. A full disk is an OSError
-    with its errno, which libraries that write files themselves do not all give.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        permitted()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _parquet(table: pa.Table, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", **options)
-    return buffer.getvalue()
-
-
-def _rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> bytes:
-    return _parquet(pa.Table.from_pylist(list(rows), schema=schema))
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -142,7 +108,7 @@ class TrialFiles:
                 logits,
             ]
             tables.append(pa.Table.from_arrays(columns, schema=schema))
-        content = _parquet(
+        content = parquet_bytes(
             pa.concat_tables(tables),
             use_dictionary=["variant", "split"],
             column_encoding={"logits.list.element": "BYTE_STREAM_SPLIT"},
@@ -161,7 +127,10 @@ class Experiment:
 
     @staticmethod
     def check_new(results_dir: str | Path, name: str) -> Path:
-        """The folder of an experiment that does not exist. Raises UsageError when it does, or the name is not one."""
+        """The folder of an experiment that does not exist.
+
+        Raises UsageError when it does, when the name is not one, and when the results folder cannot be written.
+        """
         if not NAME.fullmatch(name):
             raise UsageError(f"--name {name!r} is not a name; use letters, digits, '.', '_' and '-'")
         root = Path(results_dir, name)
@@ -170,13 +139,16 @@ class Experiment:
                 f"experiment {name!r} exists already in {results_dir}; add --resume to go on with it, "
                 f"or choose another --name"
             )
+        parent = next(folder for folder in root.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to {parent}; choose another --results-dir or mend its permissions")
         return root
 
     @classmethod
     def create(cls, results_dir: str | Path, *, name: str, info: dict[str, Any]) -> Experiment:
         """A new experiment. The folder appears complete or not at all.
 
-        Raises UsageError as `check_new` does, and when the results folder cannot be written.
+        Raises UsageError as `check_new` does.
         """
         root = cls.check_new(results_dir, name)
         unfinished = root.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -276,18 +248,18 @@ class Experiment:
         if trial.epochs:
             part = self.root / "epochs" / f"{trial.trial_id}.parquet"
             rows = [asdict(epoch_record(trial, event)) for event in trial.epochs]
-            replace_file(part, _rows(rows, arrow_schema(EpochRecord)), sync=False)
+            replace_file(part, rows_bytes(rows, arrow_schema(EpochRecord)), sync=False)
             written.add(part)
         if trial.ended is not None:
             part = self.root / "trials" / f"{trial.trial_id}.parquet"
             schema = trial_schema(self.info["config_fields"])
-            replace_file(part, _rows([self.history.trial_row(trial)], schema), sync=False)
+            replace_file(part, rows_bytes([self.history.trial_row(trial)], schema), sync=False)
             written.add(part)
         return written
 
     def _write_info(self) -> None:
         content = {**self.info, "state": self.history.state, "schema_version": SCHEMA_VERSION}
-        replace_file(self.root / "experiment.json", _json(content), sync=False)
+        replace_file(self.root / "experiment.json", json_bytes(content), sync=False)
 
     @property
     def study_path(self) -> Path:
@@ -374,9 +346,9 @@ class Experiment:
     def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
         """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
         folder = self.ensemble_folder(ensemble_id)
-        table = _rows([asdict(score) for score in scores], arrow_schema(ScoreRecord))
+        table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
         replace_file(folder / "scores.parquet", table, sync=True)
-        replace_file(folder / "ensemble.json", _json(content), sync=True)
+        replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
 
 
 @contextlib.contextmanager
