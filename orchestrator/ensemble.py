@@ -54,7 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Make an ensemble. Returns the exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     console = cli.make_console()
-    candidates = find_candidates(args.results_dir, args.experiment, k=args.top_k, include_stopped=args.include_stopped)
+    found = find_candidates(args.results_dir, args.experiment, k=args.top_k, include_stopped=args.include_stopped)
+    experiment = next(iter(found.experiments.values()))
+    with experiment.driving():
+        # Read once more, now that no search can be adding trials.
+        names = list(found.experiments)
+        candidates = find_candidates(args.results_dir, names, k=args.top_k, include_stopped=args.include_stopped)
+        make(experiment, candidates, args, console)
+    return cli.DONE
+
+
+def make(experiment: Experiment, candidates: Candidates, args: argparse.Namespace, console: Console) -> None:
+    """Choose an ensemble, score it, store it in the experiment and print it."""
     select = candidates.load(SelectPool)
     rows = choose(
         select,
@@ -63,24 +74,21 @@ def main(arguments: list[str] | None = None) -> int:
         combiner=args.combiner,
         rng=np.random.default_rng([args.seed, SELECTION_STREAM]),
     )
-    experiment = next(iter(candidates.experiments.values()))
-    with experiment.driving():
-        ensemble_id = experiment.next_ensemble_id()
-        scores: list[ScoreRecord] = []
-        # The choice has been made: only now estimate is read, and then test.
-        for shown, pool in (
-            (rows, select),
-            (rows, candidates.load(EstimatePool)),
-            (shown_on_test(rows), candidates.load(TestPool)),
-        ):
-            rng = np.random.default_rng([args.seed, INTERVAL_STREAM])
-            scores += score_rows(shown, pool, ensemble_id=ensemble_id, candidates=candidates, rng=rng)
-        content = describe(rows[0], args, candidates, select)
-        experiment.write_ensemble(ensemble_id, content={"ensemble_id": ensemble_id, **content}, scores=scores)
-        members = [f"{m['experiment']}/{m['trial_id']}" for m in content["members"]]
-        experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=members))
+    ensemble_id = experiment.next_ensemble_id()
+    scores: list[ScoreRecord] = []
+    # The choice has been made: only now estimate is read, and then test.
+    for shown, pool in (
+        (rows, select),
+        (rows, candidates.load(EstimatePool)),
+        (shown_on_test(rows), candidates.load(TestPool)),
+    ):
+        rng = np.random.default_rng([args.seed, INTERVAL_STREAM])
+        scores += score_rows(shown, pool, ensemble_id=ensemble_id, candidates=candidates, rng=rng)
+    content = describe(rows[0], args, candidates, select)
+    experiment.write_ensemble(ensemble_id, content={"ensemble_id": ensemble_id, **content}, scores=scores)
+    members = [f"{m['experiment']}/{m['trial_id']}" for m in content["members"]]
+    experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=members))
     show(console, experiment, ensemble_id, rows, scores, candidates, select)
-    return cli.DONE
 
 
 def describe(row: Row, args: argparse.Namespace, candidates: Candidates, select: SelectPool) -> dict[str, Any]:
@@ -130,7 +138,20 @@ def show(
     ):
         shown = shown_on_test(rows) if split == "test" else list(rows)
         console.print(_score_table(title, shown, [s for s in scores if s.split == split]))
+    console.print(verdict([s for s in scores if s.split == "estimate" and s.chosen]), highlight=False, soft_wrap=True)
     console.print(f"stored in {experiment.ensemble_folder(ensemble_id)}", highlight=False, soft_wrap=True)
+
+
+def verdict(chosen: Sequence[ScoreRecord]) -> str:
+    """One sentence: what estimate says of the chosen ensemble against the best single model."""
+    parts = []
+    for name, metric in (("accuracy", "accuracy"), ("NLL", "nll")):
+        score = next(s for s in chosen if s.metric == metric)
+        if score.gain is None or score.gain_ci_low is None or score.gain_ci_high is None:
+            continue
+        word = "better" if score.gain_ci_low > 0 else "worse" if score.gain_ci_high < 0 else "no difference shown"
+        parts.append(f"{name} {word} (gain {_gain(score)})")
+    return f"against the best single model, on {chosen[0].num_examples:,} estimate images: {'; '.join(parts)}"
 
 
 def _members_table(trial_ids: Sequence[str], weights_M: FloatArray, disagreement_MM: FloatArray) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, fit_weights
 from orchestrator.diversity import disagreement, mean_disagreement
+from orchestrator.ensemble import verdict
 from orchestrator.ensembling import choose, score_rows, shown_on_test
 from orchestrator.metrics import METRICS, score
 from orchestrator.pool import Candidate, Candidates, EstimatePool, Pool, SelectPool, TestPool
@@ -351,3 +353,15 @@ def test_disagreement_of_a_case_worked_by_hand() -> None:
     assert disagreement(log_probs).tolist() == [[0, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0]]
     assert mean_disagreement(disagreement(log_probs)) == pytest.approx(1 / 3)
     assert mean_disagreement(disagreement(log_probs[:1])) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.01, 0.05, "better"), (-0.05, -0.01, "worse"), (-0.01, 0.05, "no difference shown")]
+)
+def test_the_verdict_goes_by_the_interval(low: float, high: float, word: str) -> None:
+    rows = choose(select_pool(), k=3, selection="top", combiner="mean", rng=np.random.default_rng(0))
+    records = score_rows(
+        rows, pool(1, of=EstimatePool), ensemble_id="e", candidates=candidates(6), rng=np.random.default_rng(0)
+    )
+    chosen = [replace(r, gain=0.02, gain_ci_low=low, gain_ci_high=high) for r in records if r.chosen]
+    assert f"accuracy {word} (gain +0.0200 [{low:+.4f}, {high:+.4f}]); NLL {word}" in verdict(chosen)
