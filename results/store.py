@@ -278,8 +278,9 @@ class Experiment:
         for path in [*files.best.parent.glob("*"), *files.predictions.parent.glob(f".{files.predictions.name}.*.tmp")]:
             if path != files.best or not keep_weights:
                 path.unlink(missing_ok=True)
-        if files.best.parent.exists() and not keep_weights:
-            files.best.parent.rmdir()
+        if not keep_weights:
+            with contextlib.suppress(OSError):  # not there, or somebody put something into it
+                files.best.parent.rmdir()
 
     def disk_bytes(self) -> int:
         """What the folder takes on disk."""
