@@ -98,6 +98,11 @@ def resumed(
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
     )
+    if plan.num_trials is not None and plan.num_trials < old["budget"]["num_trials"]:
+        raise UsageError(
+            f"--num-trials {plan.num_trials}, but experiment {info['name']!r} was to have "
+            f"{old['budget']['num_trials']}; a resume may ask for more, not for fewer"
+        )
     new = json.loads(json.dumps(same.space.describe()))
     changes = [
         *_differences(

@@ -121,7 +121,7 @@ class Experiment:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.history = History.read(read_events(root / "events"))
+        self.history = _read_history(root)
         self.generation = 0
         self._log: EventLog | None = None
 
@@ -196,7 +196,7 @@ class Experiment:
         """
         with _locked(self.root) as generation:
             self.generation = generation
-            self.history = History.read(read_events(self.root / "events"))
+            self.history = _read_history(self.root)
             for leftover in self.root.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             self._rebuild()
@@ -350,6 +350,14 @@ class Experiment:
         table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
         replace_file(folder / "scores.parquet", table, sync=True)
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
+
+
+def _read_history(root: Path) -> History:
+    """The fold of an experiment's log. Raises UsageError when its beginning is gone: nothing is rebuilt from less."""
+    history = History.read(read_events(root / "events"))
+    if not history.info:
+        raise UsageError(f"{root / 'events'} does not hold the beginning of the experiment; restore it from a copy")
+    return history
 
 
 @contextlib.contextmanager

@@ -255,3 +255,16 @@ def test_diverged_results_are_known_by_their_figures() -> None:
     assert not epoch_result(1, 0.5).diverged
     assert epoch_result(1, 0.5, loss=math.inf).diverged
     assert epoch_result(1, 0.5, nll=math.nan).diverged
+
+
+def test_a_log_without_its_beginning_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=3)
+    first, *others = sorted((experiment.root / "events").iterdir())
+    first.unlink()
+    for segments in (others, []):
+        for segment in set(others) - set(segments):
+            segment.unlink()
+        with pytest.raises(UsageError, match="does not hold the beginning of the experiment"):
+            Experiment.open(tmp_path, experiment.name)
+    assert len(list((experiment.root / "trials").iterdir())) == 3

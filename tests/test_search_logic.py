@@ -378,6 +378,8 @@ def test_a_resume_with_a_changed_space_says_what_changed(tmp_path: Path) -> None
     assert resumed(plan(), info, keep_checkpoints=3).keep_checkpoints == 3
     with pytest.raises(UsageError, match=r"seed was 0 and is 7; halving was asha and is none"):
         resumed(plan(), info, seed=7, halving="none")
+    with pytest.raises(UsageError, match=r"--num-trials 3, but experiment 'sim' was to have 8"):
+        resumed(plan(num_trials=3), info)
     longer = resumed(plan(num_trials=50), info)
     assert longer.space.budget.num_trials == 50
 
