@@ -88,7 +88,7 @@ class History:
         return history
 
     def check(self, event: Event) -> None:
-        """Raise UsageError when an event cannot follow: nothing has started, or its trial has not, or an epoch is missing."""
+        """Raise UsageError when an event cannot follow what there is: its beginning or an epoch is missing."""
         if not self.info and not isinstance(event, ExperimentStarted):
             raise UsageError("the event log does not hold the beginning of the experiment; restore events/ from a copy")
         trial_id = getattr(event, "trial_id", None)
