@@ -113,6 +113,35 @@ def test_a_folder_of_mixed_images_is_read_and_the_corrupt_one_is_named(tmp_path:
     assert [r.epoch for r in results] == [1, 2]
 
 
+def test_a_test_set_that_cannot_be_read_is_not_replaced_by_another(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train")
+    image_folder(tmp_path / "test", per_class=2)
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with (
+        pytest.warns(DataWarning, match="4 of 20 images cannot be read"),
+        pytest.raises(UsageError, match="none of the 4 test images of .* can be read"),
+    ):
+        load_dataset(f"folder:{tmp_path}", data_dir="unused")
+
+
+def test_damaged_exif_does_not_cost_the_image(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0100] = 20
+    content = io.BytesIO()
+    Image.new("RGB", (20, 30), "red").save(content, "JPEG", exif=exif)
+    damaged = (
+        content.getvalue()
+        .replace(b"\x01\x00\x00\x04", b"\x01\x00\x00\x02")
+        .replace(b"\x00\x01\x00\x04", b"\x00\x01\x00\x02")
+    )
+    assert damaged != content.getvalue()
+    (root / "cat" / "damaged.jpg").write_bytes(damaged)
+    assert len(load_dataset(f"folder:{root}", data_dir="unused").labels_N) == 17
+
+
 def test_alpha_shows_white_and_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
     root = image_folder(tmp_path, per_class=4)
     for path in (root / "cat").iterdir():

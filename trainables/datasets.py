@@ -335,7 +335,10 @@ def _decoded(
         raise UsageError(f"{where} holds one class ({', '.join(names)}); classification wants two or more")
     pixels, readable, _ = decode_all([*train, *test], image_size=image_size)
     labels = np.array([image.label for image in (*train, *test)], dtype=np.int64)
-    return LabelledImages(pixels, labels[readable], int(readable[len(train) :].sum()), tuple(names))
+    num_test = int(readable[len(train) :].sum())
+    if test and not num_test:
+        raise UsageError(f"none of the {len(test)} test images of {where} can be read; mend them or remove them")
+    return LabelledImages(pixels, labels[readable], num_test, tuple(names))
 
 
 Loader = Callable[[Path, int | None], LabelledImages]

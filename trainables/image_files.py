@@ -103,8 +103,8 @@ def _typical_side(images: Sequence[EncodedImage]) -> int:
         try:
             with image.open() as opened:
                 sides.append(min(opened.size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue  # `decode_all` counts and names it
+        except Exception:  # noqa: BLE001 - `decode_all` counts and names it
+            continue
     return max(1, min(LARGEST_DEFAULT_SIDE, int(np.median(sides)))) if sides else LARGEST_DEFAULT_SIDE
 
 
@@ -112,7 +112,7 @@ def _decode(image: EncodedImage, side: int) -> tuple[Pixels, bool] | str:
     """Pixels [S, S, 3] and whether the image is grey; or why it cannot be read."""
     try:
         with image.open() as opened:
-            upright = ImageOps.exif_transpose(opened) if opened.format in {"JPEG", "TIFF", "MPO"} else opened
+            upright = _upright(opened)
             grey = upright.mode in GREY_MODES
             rgb = _to_rgb(upright)
             if rgb.size != (side, side):
@@ -120,8 +120,18 @@ def _decode(image: EncodedImage, side: int) -> tuple[Pixels, bool] | str:
             return np.asarray(rgb, dtype=np.uint8), grey
     except Image.DecompressionBombError:
         return "too large"
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - what decoders raise on damaged files has no common base
         return "empty file" if image.source == b"" else type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is where that cannot be made out."""
+    if image.format not in {"JPEG", "TIFF", "MPO"}:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - damaged EXIF raises anything; a pixel error is raised again by the caller's use
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
