@@ -35,6 +35,10 @@ class SearchPlan:
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
             raise UsageError(f"--halving {self.halving!r}: wanted one of {', '.join(HALVINGS)}")
+        if "seed" in self.overrides:
+            raise UsageError("--set seed=...: trials have seeds of their own; give --seed, which they are derived from")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)
         if self.space.base.val_fraction == 0:
             raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")

@@ -207,9 +207,12 @@ class EventLog:
 def read_events(folder: Path) -> Iterator[Event]:
     """All events of a log in order, without the torn last line that a crash may have left in a segment.
 
-    Raises UsageError, naming segment and line, when a line that is not a segment's last cannot be read.
+    Raises UsageError, naming segment and line, when a line that is not a segment's last cannot be read, and when a
+    segment is missing.
     """
-    for segment in sorted(folder.glob(SEGMENT_GLOB)):
+    for place, segment in enumerate(sorted(folder.glob(SEGMENT_GLOB)), start=1):
+        if int(segment.stem) != place:
+            raise UsageError(f"{folder / f'{place:06d}.jsonl'} is missing; restore it from a copy")
         # What follows the last newline is "" or a torn line: either way it is not an event.
         lines = segment.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         for number, line in enumerate(lines, start=1):

@@ -44,7 +44,7 @@ from results.schema import (
 from results.study import rebuild_study
 
 DEFAULT_RESULTS_DIR = "results/runs"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 P = TypeVar("P", bound=Predictions)
 
 
@@ -132,7 +132,7 @@ class Experiment:
         Raises UsageError when it does, when the name is not one, and when the results folder cannot be written.
         """
         if not NAME.fullmatch(name):
-            raise UsageError(f"--name {name!r} is not a name; use letters, digits, '.', '_' and '-'")
+            raise UsageError(f"--name {name!r} is not a name; use up to 100 letters, digits, '.', '_' and '-'")
         root = Path(results_dir, name)
         if root.exists():
             raise UsageError(
@@ -228,6 +228,14 @@ class Experiment:
             pass
 
     def _rebuild(self) -> None:
+        # A row is written after its events have been synced: one that the log does not know means a damaged log.
+        ended = {f"{trial.trial_id}.parquet" for trial in self.history.ended}
+        unknown = sorted(part.name for part in self.root.glob("trials/t*.parquet") if part.name not in ended)
+        if unknown:
+            raise UsageError(
+                f"{self.root / 'trials'} has {', '.join(unknown)}, which events/ knows nothing of: the log is damaged; "
+                f"restore events/ from a copy"
+            )
         expected = set()
         for trial in self.history.trials.values():
             expected |= self._project(trial)

@@ -120,7 +120,7 @@ def test_a_test_set_that_cannot_be_read_is_not_replaced_by_another(tmp_path: Pat
         path.write_bytes(b"not an image")
     with (
         pytest.warns(DataWarning, match="4 of 20 images cannot be read"),
-        pytest.raises(UsageError, match="none of the 4 test images of .* can be read"),
+        pytest.raises(UsageError, match=r"none of the 4 test images of .* can be read"),
     ):
         load_dataset(f"folder:{tmp_path}", data_dir="unused")
 
@@ -196,6 +196,18 @@ def test_parquet_files_with_text_labels_are_read(tmp_path: Path) -> None:
     assert data.class_names == ("no", "yes")
     assert list(data.images_NCHW[:, 0, 0, 0]) == list(range(20))
     assert list(data.labels_N[:4]) == [1, 0, 1, 0]
+
+
+def test_parquet_rows_without_a_label_are_counted_and_left_out(tmp_path: Path) -> None:
+    images = [{"bytes": png(i), "path": None} for i in range(21)]
+    table = pa.table({"image": images, "label": [*["yes", "no"] * 10, None]})
+    pq.write_table(table, tmp_path / "mine.parquet")
+    with pytest.warns(DataWarning, match=r"1 of 21 rows of .*mine.parquet have no label"):
+        data = load_dataset(f"parquet:{tmp_path / 'mine.parquet'}", data_dir="unused")
+    assert (data.class_names, len(data.labels_N)) == (("no", "yes"), 20)
+    pq.write_table(table.set_column(1, "label", pa.array([[1]] * 21)), tmp_path / "mine.parquet")
+    with pytest.raises(UsageError, match=r"labels in 'label' are of type list.*; wanted whole numbers or text"):
+        load_dataset(f"parquet:{tmp_path / 'mine.parquet'}", data_dir="unused")
 
 
 def test_parquet_files_without_the_columns_say_which_there_are(tmp_path: Path) -> None:

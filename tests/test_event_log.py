@@ -265,6 +265,27 @@ def test_a_log_without_its_beginning_is_refused_and_nothing_is_removed(tmp_path:
     for segments in (others, []):
         for segment in set(others) - set(segments):
             segment.unlink()
-        with pytest.raises(UsageError, match="does not hold the beginning of the experiment"):
+        with pytest.raises(UsageError, match=r"000001.jsonl is missing|does not hold the beginning"):
             Experiment.open(tmp_path, experiment.name)
     assert len(list((experiment.root / "trials").iterdir())) == 3
+
+
+def test_a_missing_segment_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=3)
+    experiment.rebuild()
+    (experiment.root / "events" / "000002.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"000002.jsonl is missing; restore it"):
+        Experiment.open(tmp_path, experiment.name)
+
+
+def test_rows_that_a_cut_log_does_not_know_are_not_removed(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    run_search(experiment, LEARNING, num_trials=4)
+    segment = experiment.root / "events" / "000002.jsonl"
+    lines = segment.read_text().splitlines(keepends=True)
+    segment.write_text("".join(lines[: len(lines) // 2]))
+    cut = Experiment.open(tmp_path, experiment.name)
+    with pytest.raises(UsageError, match="which events/ knows nothing of: the log is damaged"):
+        cut.rebuild()
+    assert len(list((experiment.root / "trials").iterdir())) == 4

@@ -125,7 +125,8 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
     (("monitor",), "val_accuracy or val_nll", lambda x: x in {"val_accuracy", "val_nll"}),
     (("lr",), "a finite number above 0", lambda x: 0 < x < float("inf")),
     (("warmup_epochs", "weight_decay", "mixup_alpha"), "a finite number, 0 or more", lambda x: 0 <= x < float("inf")),
-    (("crop_padding", "cutout_size", "patience", "seed"), "0 or more", lambda x: x >= 0),
+    (("crop_padding", "cutout_size", "patience"), "0 or more", lambda x: x >= 0),
+    (("seed",), "0 or more, below 2**48", lambda x: 0 <= x < 2**48),
     (("momentum", "dropout", "label_smoothing", "ema_decay"), "a number in [0, 1)", lambda x: 0 <= x < 1),
     (
         ("mixup_probability", "cutout_probability", "final_lr_fraction"),

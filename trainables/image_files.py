@@ -179,11 +179,29 @@ def read_parquet_images(parts: Sequence[Path]) -> tuple[list[EncodedImage], list
         image_column = _column(part, table, IMAGE_COLUMNS, "an image")
         label_column = _column(part, table, LABEL_COLUMNS, "a label")
         names = names or _class_names(table.schema, label_column)
-        labels = table[label_column].to_pylist()
+        labels = _labels(part, table, label_column)
         for row, (content, value) in enumerate(zip(_contents(table[image_column]), labels, strict=True)):
-            images.append(EncodedImage(content, f"{part.name} row {row}", 0))
-            values.append(value)
+            if value is not None:
+                images.append(EncodedImage(content, f"{part.name} row {row}", 0))
+                values.append(value)
     return images, names, values
+
+
+def _labels(part: Path, table: pa.Table, column: str) -> list[Any]:
+    """A label column's values, None where there is none, which is warned of."""
+    kind = table.schema.field(column).type
+    simple = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(is_kind(value_type) for is_kind in simple):
+        raise UsageError(f"{part}: labels in {column!r} are of type {kind}; wanted whole numbers or text")
+    labels: list[Any] = table[column].to_pylist()
+    if table[column].null_count:
+        warnings.warn(
+            f"{table[column].null_count} of {len(labels)} rows of {part} have no {column} and are left out",
+            DataWarning,
+            stacklevel=5,
+        )
+    return labels
 
 
 def _column(part: Path, table: pa.Table, wanted: Sequence[str], what: str) -> str:
