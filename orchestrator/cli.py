@@ -116,23 +116,21 @@ def _whole(text: str, *, least: int) -> int:
 
 def fraction(text: str) -> float:
     """An argument type: a fraction in (0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a fraction in (0, 1]")
-    return value
+    return _above_zero(text, most=1.0, wanted="a fraction in (0, 1]")
 
 
 def positive(text: str) -> float:
-    """An argument type: a number above 0."""
+    """An argument type: a finite number above 0."""
+    return _above_zero(text, most=sys.float_info.max, wanted="a number above 0")
+
+
+def _above_zero(text: str, *, most: float, wanted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number above 0")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted {wanted}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A small plain convolutional net that trains at several thousand 32x32 images a second on a CPU core."""
+"""A small plain convolutional net: about 1,300 images a second of 32x32 in training, on a core of an AMD EPYC."""
 
 from __future__ import annotations
 
