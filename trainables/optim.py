@@ -20,7 +20,7 @@ def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0},
     ]
-    # Fused kernels are 5% faster on a CPU too; Nesterov without momentum is refused by torch.
+    # Fused kernels exist for the CPU too; Nesterov without momentum is refused by torch.
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=True
     )
