@@ -28,7 +28,8 @@ NAMED_IN_WARNING = 5
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("fine_label", "label", "labels", "class")
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
-COMMON_FORMATS = ("PNG", "JPEG", "WEBP")  # tried first: every wrong guess costs as much as a good part of decoding a small image
+# Tried first: every wrong guess costs a good part of what decoding a small image does.
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP")
 WORKERS = 4
 CHUNK = 256
 
