@@ -8,6 +8,7 @@ from torch import nn
 
 from results.schema import UsageError
 from trainables.backbones.efficient200k import efficient200k
+from trainables.backbones.preactivation import resnet44v2, resnet44v2_four_stages
 from trainables.backbones.resnet import resnet18
 from trainables.backbones.small_cnn import small_cnn
 
@@ -23,6 +24,8 @@ BACKBONES: dict[str, Backbone] = {
     "small_cnn": small_cnn,
     "efficient200k": efficient200k,
     "resnet18": resnet18,
+    "resnet44v2": resnet44v2,
+    "resnet44v2_four_stages": resnet44v2_four_stages,
 }
 
 
