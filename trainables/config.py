@@ -25,7 +25,10 @@ class TrainConfig:
     """Share of the training images held out as select and estimate; None: a tenth (a fifth below 10,000)."""
     pipeline: str = "resident"
     """`resident`: images in memory, augmented in batches where the model trains. Otherwise the name of an
-    albumentations pipeline of `streaming.py`, run by loader processes."""
+    albumentations pipeline of `streaming.py`; the fields of augmentation from `crop_padding` on are then not used."""
+    loader_workers: int = 0
+    """Processes that decode and augment for a pipeline that is not resident; 0: the training process itself. Results
+    do not depend on it."""
     max_epochs: int = 9
     seed: int = 0
 
@@ -264,7 +267,7 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
         "a finite number, 0 or more",
         lambda x: 0 <= x < float("inf"),
     ),
-    (("crop_padding", "cutout_size", "patience", "unfreeze_epochs"), "0 or more", lambda x: x >= 0),
+    (("crop_padding", "cutout_size", "patience", "unfreeze_epochs", "loader_workers"), "0 or more", lambda x: x >= 0),
     (("seed",), "0 or more, below 2**48", lambda x: 0 <= x < 2**48),
     (
         ("momentum", "dropout", "label_smoothing", "ema_decay", "affine_scale"),
