@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from rich.console import Console
 
-from orchestrator import search
+from orchestrator import driver
 from orchestrator.console import SearchConsole
 from orchestrator.plan import SearchPlan
 from orchestrator.searcher import Resources, fit, ray_cluster
@@ -32,11 +32,11 @@ OVERRIDES = {"max_epochs": 1, "train_fraction": 0.01}
 def seconds(results_dir: Path, *, num_trials: int, reuse_actors: bool, name: str) -> float:
     """How long a search of so many trials takes, from the end of its first to the end of its last."""
     plan = SearchPlan(source=load_space("digits"), overrides=OVERRIDES, num_trials=num_trials, seed=0, halving="none")
-    data = search.load_data(plan, "unused")
+    data = driver.load_data(plan, "unused")
     experiment = Experiment.create(results_dir, name=name, info=plan.info(name=name, data=data, command="benchmark"))
     console = SearchConsole(Console(quiet=True), num_trials=num_trials, metric=plan.space.metric)
     with experiment.driving():
-        ledger = search.make_ledger(experiment, plan, keep_checkpoints=10, console=console)
+        ledger = driver.make_ledger(experiment, plan, max_concurrent=2, notify=console.changed)
         with console.watching(ledger):
             fit(ledger, data, Resources("cpu", 1, 0.0, 2), reuse_actors=reuse_actors)
     if len(experiment.trials()) != num_trials:

@@ -21,7 +21,7 @@ from results.events import (
     TrialStarted,
 )
 from results.history import TrialHistory
-from results.schema import EpochResult, Scalar, Status
+from results.schema import EpochResult, Scalar, Stage, Status
 from results.store import Experiment
 from search_spaces.space import SearchSpace
 
@@ -45,6 +45,7 @@ class Ledger:
         experiment: Experiment,
         *,
         space: SearchSpace,
+        stage: Stage,
         proposer: Proposer,
         halving: Halving,
         seed: int,
@@ -54,6 +55,7 @@ class Ledger:
         """`notify` is called after anything has changed."""
         self.experiment = experiment
         self.space = space
+        self._stage: Stage = stage
         self.halving = halving
         self._proposer = proposer
         self._seed = seed
@@ -93,8 +95,8 @@ class Ledger:
 
     @property
     def num_started(self) -> int:
-        """Trials of stage search that have started, whatever became of them."""
-        return sum(trial.started.stage == "search" for trial in self.experiment.history.trials.values())
+        """Trials of the ledger's stage that have started, whatever became of them."""
+        return sum(trial.started.stage == self._stage for trial in self.experiment.history.trials.values())
 
     @property
     def finished(self) -> bool:
@@ -122,7 +124,7 @@ class Ledger:
             TrialStarted(
                 at=time.time(),
                 trial_id=trial_id,
-                stage="search",
+                stage=self._stage,
                 origin=proposal.origin,
                 seed=seed,
                 config=config.to_dict(),

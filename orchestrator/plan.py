@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.halving import HALVINGS, Halving
-from results.schema import Scalar, UsageError
+from results.schema import Scalar, Stage, UsageError
 from search_spaces.space import NamedSpace, SearchSpace
 from trainables.backbones import check_backbone
 from trainables.config import ANNOTATIONS
@@ -31,16 +31,17 @@ class SearchPlan:
     seed: int
     halving: str
     keep_checkpoints: int = 10
+    stage: Stage = "search"
 
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
             raise UsageError(f"--halving {self.halving!r}: wanted one of {', '.join(HALVINGS)}")
         if "seed" in self.overrides:
-            raise UsageError("--set seed=...: trials have seeds of their own; give --seed, which they are derived from")
+            raise UsageError("--set seed=...: give --seed, which every training's own seed is derived from")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)
-        if self.space.base.val_fraction == 0:
+        if self.stage == "search" and self.space.base.val_fraction == 0:
             raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
 
     @property
@@ -72,6 +73,7 @@ class SearchPlan:
             "overrides": dict(self.overrides),
             "seed": self.seed,
             "halving": self.halving,
+            "stage": self.stage,
             "keep_checkpoints": self.keep_checkpoints,
             "metric": space.metric,
             "mode": space.mode,
@@ -101,7 +103,13 @@ def resumed(
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
+        stage=plan.stage,
     )
+    if plan.stage != info.get("stage", "search"):
+        raise UsageError(
+            f"experiment {info['name']!r} is of stage {info.get('stage', 'search')}, not {plan.stage}; "
+            f"go on with the command it was begun with: {info['command']}"
+        )
     if plan.num_trials is not None and plan.num_trials < old["budget"]["num_trials"]:
         raise UsageError(
             f"--num-trials {plan.num_trials}, but experiment {info['name']!r} was to have "

@@ -16,12 +16,12 @@ from results.schema import Scalar
 from results.study import final_value, intermediate_values, open_study, trial_state
 
 MOST_STARTUP_TRIALS = 10
-Origin = Literal["baseline", "startup", "model"]
+Origin = Literal["baseline", "recipe", "startup", "model"]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Values for every dimension. `origin`: a baseline, drawn at random at the start, or drawn by TPE's model."""
+    """Values for every dimension. `origin`: given (a baseline or recipe), drawn at random, or drawn by TPE's model."""
 
     number: int
     params: dict[str, Scalar]
@@ -63,24 +63,23 @@ class Proposer:
         mode: str,
         dimensions: Mapping[str, BaseDistribution],
         sampler: optuna.samplers.BaseSampler,
-        baselines: Sequence[Mapping[str, Scalar]],
+        given: Sequence[Mapping[str, Scalar]],
+        given_origin: Literal["baseline", "recipe"] = "baseline",
     ) -> None:
-        """`baselines`: those that have not been started yet."""
+        """`given`: configurations to begin with that have not been started yet, and what to call their origin."""
         self._study = open_study(study_path, name=name, mode=mode, sampler=sampler)
         self._metric = metric
         self._dimensions = dict(dimensions)
-        for baseline in baselines:
-            self._study.enqueue_trial(dict(baseline), user_attrs={"origin": "baseline"})
+        for params in given:
+            self._study.enqueue_trial(dict(params), user_attrs={"origin": given_origin})
 
     def ask(self) -> Proposal:
         """The next configuration; its number is the trial's."""
         trial = self._study.ask(self._dimensions)
-        if trial.user_attrs.get("origin") == "baseline":
-            origin: Origin = "baseline"
-        else:
-            # TPE fills the relative parameters only when it draws from its model.
-            origin = "model" if trial.relative_params else "startup"
-            trial.set_user_attr("origin", origin)
+        # TPE fills the relative parameters only when it draws from its model.
+        drawn: Origin = "model" if trial.relative_params else "startup"
+        origin: Origin = trial.user_attrs.get("origin", drawn)
+        trial.set_user_attr("origin", origin)
         trial.set_user_attr("trial_id", f"t{trial.number:05d}")
         return Proposal(trial.number, dict(trial.params), origin)
 

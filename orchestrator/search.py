@@ -16,19 +16,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator import cli
+from orchestrator import cli, driver
 from orchestrator.console import SearchConsole, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
-from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
-from orchestrator.proposals import Proposer, make_sampler
+from orchestrator.plan import SearchPlan
 from orchestrator.searcher import choose_resources, fit, ray_cluster
-from results.events import ExperimentResumed, ExperimentStopped
+from results.events import ExperimentStopped
 from results.schema import Scalar
 from results.store import DEFAULT_RESULTS_DIR, Experiment
 from search_spaces.space import load_space
 from trainables.config import parse_overrides
-from trainables.datasets import SplitImages, load_dataset
+from trainables.datasets import SplitImages
+from trainables.learner import check_trainable
 
 DEFAULT_SEED = 0
 DEFAULT_KEEP_CHECKPOINTS = 10
@@ -42,29 +42,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "space", metavar="SPACE", help="a name in search_spaces/, or a path to a file that defines SPACE"
     )
-    parser.add_argument("--dataset", help="digits, cifar10, cifar100, folder:PATH or parquet:PATH")
     parser.add_argument("--backbone", help="a name in trainables/backbones/")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="set fields of the base TrainConfig",
-    )
+    driver.add_driving_arguments(parser)
     parser.add_argument("--name", help="the experiment's name (default: the space's)")
     parser.add_argument("--num-trials", type=cli.count, help="every trial counts, baselines and failed ones too")
-    parser.add_argument("--max-epochs", type=cli.count, help="epochs of a trial that is not stopped")
     parser.add_argument(
         "--max-concurrent", type=cli.count, help="trials at a time (default: as many as there is room for)"
     )
-    parser.add_argument("--train-fraction", type=cli.fraction, help="share of the training split to train on")
-    parser.add_argument("--data-dir", default="data", help="where datasets are, or are downloaded to (default: data)")
-    cli.add_results_dir(parser)
     parser.add_argument("--seed", type=cli.count_or_zero, help=f"default: {DEFAULT_SEED}")
-    parser.add_argument("--resume", action="store_true", help="go on with an experiment that exists")
     parser.add_argument("--halving", choices=list(HALVINGS), help="early stopping (default: asha)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--cpus-per-trial", type=cli.count, default=1)
     parser.add_argument("--gpus-per-trial", type=cli.positive, help="default: 1 on cuda; fractions share a GPU")
     parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
@@ -93,54 +79,6 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
     )
 
 
-def load_data(plan: SearchPlan, data_dir: str) -> SplitImages:
-    """The data that a plan's base configuration names."""
-    base = plan.space.base
-    return load_dataset(
-        base.dataset,
-        data_dir=data_dir,
-        image_size=base.image_size,
-        train_fraction=base.train_fraction,
-        val_fraction=base.val_fraction,
-    )
-
-
-def command_line() -> str:
-    """What was typed."""
-    return shlex.join(["python", "-m", "orchestrator.search", *sys.argv[1:]])
-
-
-def make_ledger(experiment: Experiment, plan: SearchPlan, *, max_concurrent: int, console: SearchConsole) -> Ledger:
-    """The ledger of a search, standing where its event log ends."""
-    space, history = plan.space, experiment.history
-    baselines_started = sum(t.started.origin == "baseline" for t in history.trials.values())
-    num_trials = space.budget.num_trials
-    sampler = make_sampler(
-        num_trials=num_trials,
-        max_concurrent=max_concurrent,
-        seed=plan.seed,
-        trials_so_far=len(history.trials),
-    )
-    proposer = Proposer(
-        experiment.study_path,
-        name=experiment.name,
-        metric=space.metric,
-        mode=space.mode,
-        dimensions=space.dimensions,
-        sampler=sampler,
-        baselines=space.complete_baselines()[baselines_started:num_trials],
-    )
-    return Ledger(
-        experiment,
-        space=space,
-        proposer=proposer,
-        halving=plan.make_halving(),
-        seed=plan.seed,
-        keep_checkpoints=plan.keep_checkpoints,
-        notify=console.changed,
-    )
-
-
 def drive(
     experiment: Experiment | None, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console
 ) -> Ledger:
@@ -159,17 +97,16 @@ def drive(
             max_concurrent=args.max_concurrent,
             num_trials=plan.space.budget.num_trials,
         )
+        check_all_configurations(plan, data, device=resources.device)
         if experiment is None:
-            name = experiment_name(args, plan)
-            info = plan.info(name=name, data=data, command=command_line())
-            experiment = Experiment.create(args.results_dir, name=name, info=info)
+            experiment = driver.begin(args, plan, data, name=experiment_name(args, plan))
             stack.enter_context(experiment.driving())
         else:
-            experiment.record(ExperimentResumed(at=time.time(), changes=what_a_resume_changes(experiment, plan)))
+            driver.record_resumption(experiment, plan)
             ended = len(experiment.history.ended)
             console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
         shown = SearchConsole(console, num_trials=plan.space.budget.num_trials, metric=plan.space.metric)
-        ledger = make_ledger(experiment, plan, max_concurrent=resources.max_concurrent, console=shown)
+        ledger = driver.make_ledger(experiment, plan, max_concurrent=resources.max_concurrent, notify=shown.changed)
         if not ledger.finished:
             with shown.watching(ledger):
                 fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
@@ -178,13 +115,13 @@ def drive(
         return ledger
 
 
-def what_a_resume_changes(experiment: Experiment, plan: SearchPlan) -> dict[str, object]:
-    """What `experiment.json` says anew: a search may be made longer, and go on with other versions."""
-    return {
-        "space": {**experiment.info["space"], **plan.space.describe()},
-        "keep_checkpoints": plan.keep_checkpoints,
-        **provenance(command_line()),
-    }
+def check_all_configurations(plan: SearchPlan, data: SplitImages, *, device: str) -> None:
+    """Raise UsageError when some trial could not be trained on the data or the device."""
+    base = plan.space.base
+    check_trainable(base, data, device=device)
+    for name, distribution in plan.space.dimensions.items():
+        for choice in getattr(distribution, "choices", ()):
+            check_trainable(base.having({name: choice}), data, device=device)
 
 
 def experiment_name(args: argparse.Namespace, plan: SearchPlan) -> str:
@@ -198,50 +135,25 @@ def main(arguments: list[str] | None = None) -> int:
     console = cli.make_console()
     plan = plan_from(args)
     name = experiment_name(args, plan)
-    experiment = None
-    if args.resume:
-        experiment = Experiment.open(args.results_dir, name)
-        plan = resumed(
-            plan,
-            experiment.info,
-            seed=args.seed,
-            halving=args.halving,
-            keep_checkpoints=args.keep_checkpoints,
-        )
-    else:
-        Experiment.check_new(args.results_dir, name)
-    data = load_data(plan, args.data_dir)
-    if experiment is not None:
-        check_same_data(experiment.info, data)
-    sizes = ", ".join(f"{n:,} {split}" for split, n in data.sizes().items())
-    console.print(f"{name}: {plan.space.base.backbone} on {plan.space.base.dataset} ({sizes})", highlight=False)
-    again = command_line() if args.resume else f"{command_line()} --resume"
+    experiment, plan = driver.open_or_check_new(args, plan, name)
+    data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
     try:
         ledger = drive(experiment, plan, data, args, console)
     except cli.Interrupted:
-        return interrupted(args, name, again, console)
+        return driver.interrupted(args, name, console)
     except OSError as error:
-        print(f"error: {error}\nwhat has been recorded is safe. Mend that, then go on:\n  {again}", file=sys.stderr)
-        return cli.FAILED
+        return driver.disk_failed(args, error)
     print_summary(console, ledger)
-    return conclude(ledger, args, again, console)
+    return conclude(ledger, args, console)
 
 
-def interrupted(args: argparse.Namespace, name: str, again: str, console: Console) -> int:
-    """Write down that the search was interrupted, and say how to go on."""
-    if not Path(args.results_dir, name).exists():
-        raise cli.Interrupted
-    experiment = Experiment.open(args.results_dir, name)
-    with experiment.driving():
-        experiment.record(ExperimentStopped(at=time.time(), state="interrupted"))
-    console.print(f"interrupted; nothing is lost. To go on:\n  {again}", highlight=False, soft_wrap=True)
-    return cli.INTERRUPTED
-
-
-def conclude(ledger: Ledger, args: argparse.Namespace, again: str, console: Console) -> int:
+def conclude(ledger: Ledger, args: argparse.Namespace, console: Console) -> int:
     """The exit status of a search that came to its end, and what to type next."""
     if not ledger.finished:
-        print(f"error: the search ended before its last trial; to go on:\n  {again}", file=sys.stderr)
+        print(
+            f"error: the search ended before its last trial; to go on:\n  {driver.command_to_resume(args)}",
+            file=sys.stderr,
+        )
         return cli.FAILED
     ended = [trial.ended for trial in ledger.experiment.history.ended if trial.ended]
     if all(end.status == "failed" for end in ended):

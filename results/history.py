@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from results.diagnosis import regularization_verdict
 from results.events import (
     CheckpointRemoved,
     Decided,
@@ -176,7 +177,7 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         raw_val_accuracy=best.raw_val_accuracy if best else None,
         train_accuracy=best.train_accuracy if best else None,
         clean_train_accuracy=best.clean_train_accuracy if best else None,
-        regularization_verdict=None,
+        regularization_verdict=_verdict(best),
         num_parameters=results[-1].num_parameters if results else None,
         multiply_adds=results[-1].multiply_adds if results else None,
         train_seconds=train_seconds,
@@ -192,6 +193,16 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         git_commit=str(info["git_commit"]),
         split_hash=str(info["split_hash"]),
         schema_version=SCHEMA_VERSION,
+    )
+
+
+def _verdict(best: EpochResult | None) -> str | None:
+    if best is None:
+        return None
+    return regularization_verdict(
+        train_accuracy=best.train_accuracy,
+        clean_train_accuracy=best.clean_train_accuracy,
+        val_accuracy=best.val_accuracy,
     )
 
 

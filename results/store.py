@@ -14,31 +14,27 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from results.events import Event, EventLog, ExperimentStarted, read_events
-from results.files import json_bytes, parquet_bytes, replace_file, rows_bytes
+from results.files import json_bytes, replace_file, rows_bytes
 from results.history import History, TrialHistory, epoch_record
+from results.predictions import is_readable, predictions_bytes, read_predictions
 from results.schema import (
-    PREDICTIONS,
     SCHEMA_VERSION,
     DataWarning,
     EpochRecord,
     Predictions,
     ScoreRecord,
-    Split,
     UsageError,
     arrow_schema,
-    predictions_schema,
     trial_schema,
 )
 from results.study import rebuild_study
@@ -89,31 +85,9 @@ class TrialFiles:
         """Write a file of the trial, synced, unless the driver has been superseded."""
         replace_file(path, content, sync=True, permitted=self.check_current)
 
-    def write_predictions(self, predictions: Sequence[Predictions], *, variant: str) -> None:
-        """Store one variant's predictions for several splits, in the order given."""
-        splits = {cls: split for split, cls in PREDICTIONS.items()}
-        num_classes = predictions[0].logits_NC.shape[1]
-        schema = predictions_schema(num_classes)
-        tables = []
-        for part in predictions:
-            n = len(part.labels_N)
-            logits = pa.FixedSizeListArray.from_arrays(
-                pa.array(np.ascontiguousarray(part.logits_NC).reshape(-1), pa.float16()), num_classes
-            )
-            columns = [
-                pa.array([variant] * n),
-                pa.array([splits[type(part)]] * n),
-                pa.array(part.example_ids_N),
-                pa.array(part.labels_N),
-                logits,
-            ]
-            tables.append(pa.Table.from_arrays(columns, schema=schema))
-        content = parquet_bytes(
-            pa.concat_tables(tables),
-            use_dictionary=["variant", "split"],
-            column_encoding={"logits.list.element": "BYTE_STREAM_SPLIT"},
-        )
-        self.replace(self.predictions, content)
+    def write_predictions(self, variants: Mapping[str, Sequence[Predictions]]) -> None:
+        """Store each variant's predictions for several splits."""
+        self.replace(self.predictions, predictions_bytes(variants))
 
 
 class Experiment:
@@ -321,27 +295,14 @@ class Experiment:
 
         Raises UsageError, naming the file, when it is missing or damaged.
         """
-        split: Split = next(split for split, cls in PREDICTIONS.items() if cls is of)
-        path = self.root / "predictions" / f"{trial_id}.parquet"
-        try:
-            table = pq.read_table(path, filters=(pc.field("variant") == variant) & (pc.field("split") == split))
-        except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-        logits = table["logits"].combine_chunks()
-        num_classes = table.schema.field("logits").type.list_size
-        return of(
-            logits_NC=logits.flatten().to_numpy().reshape(-1, num_classes),
-            labels_N=table["label"].to_numpy(),
-            example_ids_N=table["example_id"].to_numpy(),
-        )
+        return read_predictions(self._predictions_path(trial_id), of, variant=variant)
 
     def has_readable_predictions(self, trial_id: str) -> bool:
         """Whether a trial's predictions are there and whole, as far as the file's footer tells."""
-        try:
-            pq.read_metadata(self.root / "predictions" / f"{trial_id}.parquet")
-        except (OSError, pa.ArrowException):
-            return False
-        return True
+        return is_readable(self._predictions_path(trial_id))
+
+    def _predictions_path(self, trial_id: str) -> Path:
+        return self.root / "predictions" / f"{trial_id}.parquet"
 
     def ensemble_folder(self, ensemble_id: str) -> Path:
         """Where an ensemble lies."""

@@ -20,10 +20,14 @@ STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed
 
 
 def trial_state(trial: TrialHistory) -> TrialState:
-    """The Optuna state of DESIGN's table: a diverged trial is PRUNED (without values), a crashed one FAIL."""
+    """The Optuna state of DESIGN's table: a diverged trial is PRUNED (without values), a crashed one FAIL.
+
+    Optuna has no complete trial without a value: one that nothing was held out from is PRUNED without values too.
+    """
     if trial.ended is None:
         return TrialState.RUNNING
-    if trial.ended.stop_reason.startswith("diverged"):
+    no_value = trial.best is not None and trial.best.val_accuracy is None
+    if trial.ended.stop_reason.startswith("diverged") or (trial.ended.status == "completed" and no_value):
         return TrialState.PRUNED
     return STATES[trial.ended.status]
 

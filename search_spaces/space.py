@@ -24,7 +24,7 @@ from trainables.backbones import check_backbone
 from trainables.config import FIELD_TYPES, TrainConfig
 
 METRICS: dict[str, Literal["max", "min"]] = {"val_accuracy": "max", "val_nll": "min"}
-DATA_FIELDS = ("dataset", "image_size", "train_fraction", "val_fraction")
+DATA_FIELDS = ("dataset", "image_size", "train_fraction", "val_fraction", "pipeline")
 FIXED_FIELDS = (*DATA_FIELDS, "max_epochs", "monitor", "seed")
 
 

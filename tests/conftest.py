@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
-from trainables.loop import ResidentImages
+from trainables.resident import ResidentImages
 
 ROOT = Path(__file__).parent.parent
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]

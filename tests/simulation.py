@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from optuna.distributions import FloatDistribution
 
+from orchestrator.driver import make_ledger
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.search import make_ledger
 from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from search_spaces.space import Budget, NamedSpace, SearchSpace
@@ -21,13 +21,6 @@ from trainables.datasets import LabelledImages, split
 
 MAX_EPOCHS = 9
 Curve = Callable[[Assignment, int], EpochResult]
-
-
-class Silent:
-    """A console that shows nothing."""
-
-    def changed(self) -> None:
-        """Nothing."""
 
 
 def epoch_result(
@@ -105,7 +98,7 @@ def new_experiment(results_dir: Path, *, name: str = "sim", num_trials: int = 8)
 
 def ledger_of(experiment: Experiment, **of_plan: Any) -> Ledger:
     """The ledger of an experiment that is being driven, two trials at a time."""
-    return make_ledger(experiment, plan(**of_plan), max_concurrent=2, console=Silent())  # type: ignore[arg-type]
+    return make_ledger(experiment, plan(**of_plan), max_concurrent=2)
 
 
 def run_search(experiment: Experiment, curve: Curve, *, num_trials: int, concurrent: int = 2) -> Ledger:
@@ -143,7 +136,7 @@ def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:
                 kind((np.eye(2)[labels] + rng.normal(size=(60, 2))).astype(np.float16), labels, np.arange(60))
                 for kind in PREDICTIONS.values()
             ]
-            experiment.files(assignment.trial_id).write_predictions(parts, variant="best")
+            experiment.files(assignment.trial_id).write_predictions({"best": parts})
             return LEARNING(assignment, epoch)
 
         advance(ledger, curve)

@@ -17,7 +17,8 @@ from PIL import Image
 from results.schema import DataWarning, UsageError
 from trainables.config import TrainConfig
 from trainables.datasets import DATASETS, LabelledImages, SplitImages, load_dataset, split, subsample_train
-from trainables.loop import ResidentImages, train
+from trainables.loop import train
+from trainables.resident import ResidentImages
 
 CIFAR100 = Path(__file__).parent.parent.parent / "shared" / "data" / "cifar100"
 

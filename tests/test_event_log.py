@@ -226,7 +226,7 @@ def test_predictions_round_trip(tmp_path: Path, num: int, classes: int, seed: in
     ]
     root = tmp_path / str(seed)
     experiment = new_experiment(root) if not (root / "sim").exists() else Experiment.open(root, "sim")
-    TrialFiles(str(experiment.root), "t00000", 0).write_predictions(parts, variant="best")
+    TrialFiles(str(experiment.root), "t00000", 0).write_predictions({"best": parts})
     for part in parts:
         read = experiment.predictions("t00000", type(part))
         for field in ("logits_NC", "labels_N", "example_ids_N"):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from orchestrator.driver import make_ledger
 from orchestrator.halving import HALVINGS, Asha
 from orchestrator.plan import check_same_data, resumed
-from orchestrator.search import make_ledger
 from results.events import EpochReported, read_events
 from results.schema import EpochResult, UsageError
 from results.store import Experiment
@@ -24,7 +24,6 @@ from tests.simulation import (
     LEARNING,
     MAX_EPOCHS,
     Assignment,
-    Silent,
     advance,
     epoch_result,
     ledger_of,
@@ -203,7 +202,7 @@ def test_at_most_a_third_is_drawn_without_the_model(tmp_path: Path, num_trials: 
     experiment = new_experiment(tmp_path)
     with experiment.driving():
         sampled = plan(num_trials=num_trials, baselines=())
-        ledger = make_ledger(experiment, sampled, max_concurrent=concurrent, console=Silent())  # type: ignore[arg-type]
+        ledger = make_ledger(experiment, sampled, max_concurrent=concurrent)
         advance(ledger, LEARNING, concurrent=concurrent)
     assert 1 <= (experiment.trials()["origin"] == "startup").sum() <= num_trials / 3
 

@@ -20,20 +20,19 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.driver import make_ledger
 from orchestrator.plan import SearchPlan, resumed
-from orchestrator.search import make_ledger
 from results.events import EpochReported, TrialStarted, read_events
 from results.schema import SelectPredictions, TestPredictions
 from results.store import Experiment, TrialFiles
 from results.study import open_study
 from search_spaces.space import load_space
 from tests.conftest import CommandLine, command_environment
-from tests.simulation import Silent
 from tests.test_event_log import snapshot
 from tests.test_search_logic import rung_state
 from trainables.config import TrainConfig
 from trainables.datasets import load_dataset
-from trainables.loop import ResidentImages
+from trainables.resident import ResidentImages
 from trainables.trial import run_trial
 
 pytestmark = pytest.mark.ray
@@ -168,7 +167,7 @@ def replayed(experiment: Experiment) -> object:
     source = load_space(str(experiment.root.parent.parent / "slow.py"))
     plan = SearchPlan(source=source, overrides={}, num_trials=None, seed=0, halving="asha")
     plan = resumed(plan, experiment.info)
-    return make_ledger(experiment, plan, max_concurrent=2, console=Silent()).halving  # type: ignore[arg-type]
+    return make_ledger(experiment, plan, max_concurrent=2).halving
 
 
 def ended_rows(root: Path) -> dict[str, str]:

@@ -23,7 +23,9 @@ from trainables.image_files import (
     Pixels,
     class_folders,
     decode_all,
+    decode_squares,
     images_in,
+    inspect_all,
     read_parquet_images,
 )
 
@@ -31,26 +33,36 @@ SMALL_SET = 10_000
 SELECT_SHARE = 0.6
 TEST_SHARE = 0.2
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
+STATISTICS_SAMPLE = 1_000
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """A dataset before it is split: training images first, then `num_test` official test images (maybe 0)."""
+    """A dataset before it is split: training images first, then `num_test` official test images (maybe 0).
+
+    Images that stay encoded are in `encoded`; `images_NCHW` is then [0, C, S, S], which says what they become, and
+    `content_digest` stands for their pixels.
+    """
 
     images_NCHW: Pixels
     labels_N: IntArray
     num_test: int
     class_names: tuple[str, ...]
+    encoded: tuple[EncodedImage, ...] | None = None
+    content_digest: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
 class SplitImages:
-    """A dataset in memory with its four splits, each an array of indices into the images.
+    """A dataset with its four splits, each an array of indices into the images.
 
     `train` is what may be trained on, after `--train-fraction`; `select` and `estimate` are empty when
-    nothing is held out. An index is the `example_id` of stored predictions. `split_hash` covers pixels,
-    labels and the splits before `--train-fraction`. `mean_C` and `std_C` are those of the training pixels,
-    in 0 to 255.
+    nothing is held out. An index is the `example_id` of stored predictions. `split_hash` covers pixels
+    (or encoded bytes), labels and the splits before `--train-fraction`. `mean_C` and `std_C` are those of the
+    training pixels, in 0 to 255; of encoded images, those of a sample of 1,000.
+
+    The images are in memory, as `images_NCHW`; or they stay as `encoded` and are decoded whenever they are used.
+    `images_NCHW` is then [0, C, S, S].
     """
 
     images_NCHW: Pixels
@@ -63,6 +75,7 @@ class SplitImages:
     split_hash: str
     mean_C: FloatArray
     std_C: FloatArray
+    encoded: tuple[EncodedImage, ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -91,14 +104,18 @@ def load_dataset(
     image_size: int | None = None,
     train_fraction: float = 1.0,
     val_fraction: float | None = None,
+    resident: bool = True,
 ) -> SplitImages:
     """Load a dataset of DATASETS, `folder:PATH` or `parquet:PATH`, and split it.
+
+    `resident` False: the images of the latter two stay encoded, as paths or as the bytes in the parquet files,
+    and are decoded once here to find those that cannot be. Datasets of DATASETS fit in memory and always are.
 
     Raises UsageError for an unknown name, missing data, one class, or a class too small to split.
     """
     scheme, separator, path = name.partition(":")
     if separator and scheme in PATH_DATASETS:
-        raw = PATH_DATASETS[scheme](Path(path).expanduser(), image_size)
+        raw = PATH_DATASETS[scheme](Path(path).expanduser(), image_size, resident)
     elif name in DATASETS:
         raw = DATASETS[name](Path(data_dir).expanduser(), image_size)
     else:
@@ -126,13 +143,14 @@ def split(data: LabelledImages, *, val_fraction: float | None = None) -> SplitIm
     if data.num_test:
         parts["test"].append(np.arange(official_train, num_images))
     indices_of = {part: np.sort(np.concatenate(chunks)).astype(np.int64) for part, chunks in parts.items()}
-    mean_C, std_C = _channel_statistics(data.images_NCHW, indices_of["train"])
+    mean_C, std_C = _channel_statistics(data, indices_of["train"])
     return SplitImages(
         mean_C=mean_C,
         std_C=std_C,
         images_NCHW=data.images_NCHW,
         labels_N=data.labels_N,
         class_names=data.class_names,
+        encoded=data.encoded,
         split_hash=_hash(data, indices_of),
         **indices_of,
     )
@@ -158,6 +176,7 @@ def _hash(data: LabelledImages, indices_of: dict[str, IntArray]) -> str:
     for array in (data.images_NCHW, data.labels_N, *indices_of.values()):
         digest.update(np.ascontiguousarray(array).data)
         digest.update(b"|")
+    digest.update(data.content_digest)
     return digest.hexdigest()[:16]
 
 
@@ -171,12 +190,19 @@ def subsample_train(data: SplitImages, fraction: float) -> SplitImages:
         count = max(1, round(fraction * len(indices)))
         kept.append(np.random.default_rng([label, 1]).permutation(indices)[:count])
     train = np.sort(np.concatenate(kept))
-    mean_C, std_C = _channel_statistics(data.images_NCHW, train)
+    mean_C, std_C = _channel_statistics(data, train)
     return replace(data, train=train, mean_C=mean_C, std_C=std_C)
 
 
-def _channel_statistics(images_NCHW: Pixels, train: IntArray) -> tuple[FloatArray, FloatArray]:
+def _channel_statistics(data: LabelledImages | SplitImages, train: IntArray) -> tuple[FloatArray, FloatArray]:
     """Mean and standard deviation [C] of the training pixels. The deviation is at least one level of 256."""
+    images_NCHW = data.images_NCHW
+    if data.encoded is not None:
+        # Evenly spread: images of a class often lie together.
+        spread = np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLE)).astype(np.int64)
+        sample = [data.encoded[index] for index in train[spread]]
+        images_NCHW = decode_squares(sample, image_size=images_NCHW.shape[2], channels=images_NCHW.shape[1])
+        train = np.arange(len(sample))
     levels = np.arange(256.0)
     means, deviations = [], []
     for channel in range(images_NCHW.shape[1]):
@@ -226,7 +252,7 @@ def _cifar(
         if any(folder.glob("train-*.parquet")):
             if not any(folder.glob("test-*.parquet")):
                 raise UsageError(f"{folder} has train-*.parquet and no test-*.parquet; put {name}'s there")
-            data = _parquet(folder, image_size)
+            data = _parquet(folder, image_size, resident=True)
             if len(data.class_names) != num_classes:
                 raise UsageError(
                     f"{folder} holds {len(data.class_names)} classes, {name} has {num_classes}; "
@@ -261,7 +287,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _folder(root: Path, image_size: int | None) -> LabelledImages:
+def _folder(root: Path, image_size: int | None, resident: bool) -> LabelledImages:
     """Class folders below `root`, or below `root/train` with `root/test` (or `val`) as the official test set."""
     if not root.is_dir():
         raise UsageError(f"folder:{root} is not a folder; give one with a folder of images for each class")
@@ -284,10 +310,10 @@ def _folder(root: Path, image_size: int | None) -> LabelledImages:
         test = images_in(test_root, names)
         if not test:
             raise UsageError(f"no images in {test_root}; add some or remove the folder")
-    return _decoded(train, test, names, root, image_size)
+    return _labelled(train, test, names, root, image_size=image_size, resident=resident)
 
 
-def _parquet(path: Path, image_size: int | None) -> LabelledImages:
+def _parquet(path: Path, image_size: int | None, resident: bool) -> LabelledImages:
     """One parquet file, or a folder with train*.parquet and test*.parquet (or files of any name, all training)."""
     if path.is_file():
         train_parts, test_parts = [path], []
@@ -311,7 +337,7 @@ def _parquet(path: Path, image_size: int | None) -> LabelledImages:
         raise UsageError(f"{path} has a label {wrong[0]!r} and {len(names)} class names; wanted 0 to {len(names) - 1}")
     train = [replace(image, label=label) for image, label in zip(train, values, strict=True)]
     test = [replace(image, label=label) for image, label in zip(test, test_values, strict=True)]
-    return _decoded(train, test, names, path, image_size)
+    return _labelled(train, test, names, path, image_size=image_size, resident=resident)
 
 
 def _say_what_is_unused(paths: Sequence[Path]) -> None:
@@ -324,23 +350,37 @@ def _say_what_is_unused(paths: Sequence[Path]) -> None:
         )
 
 
-def _decoded(
+def _labelled(
     train: Sequence[EncodedImage],
     test: Sequence[EncodedImage],
     names: Sequence[str],
     where: Path,
+    *,
     image_size: int | None,
+    resident: bool,
 ) -> LabelledImages:
+    """The readable images, decoded or not, with their labels."""
     if len(names) < 2:
         raise UsageError(f"{where} holds one class ({', '.join(names)}); classification wants two or more")
-    pixels, readable, _ = decode_all([*train, *test], image_size=image_size)
-    labels = np.array([image.label for image in (*train, *test)], dtype=np.int64)
+    images = [*train, *test]
+    encoded, content_digest = None, b""
+    if resident:
+        pixels, readable, _ = decode_all(images, image_size=image_size)
+    else:
+        inspected = inspect_all(images, image_size=image_size)
+        readable, content_digest = inspected.readable, inspected.content_digest
+        encoded = tuple(image for image, good in zip(images, readable, strict=True) if good)
+        pixels = np.empty((0, inspected.channels, inspected.image_size, inspected.image_size), np.uint8)
+    labels = np.array([image.label for image in images], dtype=np.int64)
     num_test = int(readable[len(train) :].sum())
     if test and not num_test:
         raise UsageError(f"none of the {len(test)} test images of {where} can be read; mend them or remove them")
-    return LabelledImages(pixels, labels[readable], num_test, tuple(names))
+    return LabelledImages(pixels, labels[readable], num_test, tuple(names), encoded, content_digest)
 
 
-Loader = Callable[[Path, int | None], LabelledImages]
-DATASETS: dict[str, Loader] = {"digits": _digits, "cifar10": _cifar10, "cifar100": _cifar100}
-PATH_DATASETS: dict[str, Loader] = {"folder": _folder, "parquet": _parquet}
+DATASETS: dict[str, Callable[[Path, int | None], LabelledImages]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+}
+PATH_DATASETS: dict[str, Callable[[Path, int | None, bool], LabelledImages]] = {"folder": _folder, "parquet": _parquet}

@@ -1,26 +1,84 @@
-"""What a model predicts. Shape suffixes: N examples, C classes, H height, W width."""
+"""What a model predicts, plainly or averaged over views of each image.
+
+Shape suffixes: V views, N examples, C classes (channels, of images), H height, W width.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax, pad
 
-EVALUATION_BATCH = 500
+from results.schema import EstimatePredictions, IntArray, Predictions, SelectPredictions, TestPredictions
+from trainables.precision import autocast
+from trainables.resident import TrainingImages
+
 FLOAT16_MAX = 65504.0
+P = TypeVar("P", bound=Predictions)
+Views = Callable[[Tensor], list[Tensor]]
+
+
+def _shifted(images_NCHW: Tensor, by: int) -> Tensor:
+    """Moved by a pixel or more down and to the right (up and to the left if negative), the border reflected."""
+    size, reach = images_NCHW.shape[-1], abs(by)
+    padded = pad(images_NCHW, (reach,) * 4, mode="reflect")
+    return padded[:, :, reach - by :, reach - by :][:, :, :size, :size]
+
+
+def _flip_shift(images_NCHW: Tensor) -> list[Tensor]:
+    """The image and its mirror image, each also moved by a pixel either way (Jordan 2024)."""
+    mirrored = [images_NCHW, images_NCHW.flip(-1)]
+    return [*mirrored, *(_shifted(images, by) for images in mirrored for by in (1, -1))]
+
+
+VIEWS: dict[str, Views] = {
+    "none": lambda images_NCHW: [images_NCHW],
+    "flip": lambda images_NCHW: [images_NCHW, images_NCHW.flip(-1)],
+    "flip_shift": _flip_shift,
+}
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images_NCHW: Tensor, indices_N: Tensor) -> npt.NDArray[np.float16]:
-    """Float16 logits [N, C] of uint8 images, in evaluation mode. bfloat16 arithmetic on a GPU."""
+def predict(
+    model: nn.Module, data: TrainingImages, indices_N: IntArray, *, views: str = "none", precision: str = "auto"
+) -> npt.NDArray[np.float16]:
+    """Float16 logits [N, C] of the images, in evaluation mode.
+
+    With several `views` the logits are the logarithm of the views' mean probabilities.
+    """
     model.eval()
-    device = images_NCHW.device.type
     logits = []
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        for chunk in indices_N.split(EVALUATION_BATCH):
-            batch = images_NCHW[chunk].float().contiguous(memory_format=torch.channels_last)
-            logits.append(model(batch).float())
+    with autocast(precision, data.device):
+        for images_NCHW in data.evaluation_batches(indices_N):
+            logits_VNC = [
+                model(view.contiguous(memory_format=torch.channels_last)).float() for view in VIEWS[views](images_NCHW)
+            ]
+            logits.append(logits_VNC[0] if len(logits_VNC) == 1 else _log_mean_probability(torch.stack(logits_VNC)))
     out_NC = torch.cat(logits).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     result: npt.NDArray[np.float16] = out_NC.cpu().numpy().astype(np.float16)
     return result
+
+
+def _log_mean_probability(logits_VNC: Tensor) -> Tensor:
+    return log_softmax(logits_VNC, -1).logsumexp(0) - float(np.log(len(logits_VNC)))
+
+
+def predictions(
+    model: nn.Module, data: TrainingImages, of: type[P], *, views: str = "none", precision: str = "auto"
+) -> P:
+    """A model's predictions for the split that `of` stands for."""
+    indices = {
+        SelectPredictions: data.split.select,
+        EstimatePredictions: data.split.estimate,
+        TestPredictions: data.split.test,
+    }[of]
+    return of(
+        logits_NC=predict(model, data, indices, views=views, precision=precision),
+        labels_N=data.split.labels_N[indices],
+        example_ids_N=indices,
+    )

@@ -1,16 +1,17 @@
-"""Decoding images of any kind, from class folders or parquet files, into one uint8 array."""
+"""Images of any kind, from class folders or parquet files: found, checked, decoded into uint8 arrays."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from results.schema import DataWarning, UsageError
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 LARGEST_DEFAULT_SIDE = 64
+LARGEST_DEFAULT_STREAMED_SIDE = 224
 SIZE_SAMPLE = 200
 NAMED_IN_WARNING = 5
 IMAGE_COLUMNS = ("image", "img")
@@ -62,30 +65,103 @@ def decode_all(images: Sequence[EncodedImage], *, image_size: int | None) -> tup
     """
     side = image_size or _typical_side(images)
     _check_memory(len(images), side)
-    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    decoded = _in_threads(lambda image: _decode(image, side), images)
+    readable, good = _without_unreadable(images, decoded)
+    channels = 1 if all(grey for _, grey in good) else 3
+    pixels_NCHW = np.empty((len(good), channels, side, side), np.uint8)
+    for index, (pixels_HWC, _) in enumerate(good):
+        pixels_NCHW[index] = pixels_HWC.transpose(2, 0, 1)[:channels]
+    return pixels_NCHW, readable, side
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of images that stay encoded.
+
+    `readable`: a mask [len(images)] of those that can be decoded; `channels`: 1 when every one of these is grey,
+    else 3; `image_size`: the side that was asked for, or the median short side, at most 224; `content_digest`: the
+    SHA-256 of each readable image's encoded bytes, one after the other.
+    """
+
+    readable: npt.NDArray[np.bool_]
+    channels: int
+    image_size: int
+    content_digest: bytes
+
+
+def inspect_all(images: Sequence[EncodedImage], *, image_size: int | None) -> Inspection:
+    """Find out, by decoding each image once and keeping no pixels, which ones a training run can rely on.
+
+    A header tells nothing of a file that was cut off, and such a file must not end a run in a late epoch. The cost
+    is that of one epoch's decoding, in four threads.
+    Warns, with a count and names, of images that cannot be read.
+    """
+    readable, good = _without_unreadable(images, _in_threads(_inspect, images))
+    sides = [side for side, _, _ in good]
+    return Inspection(
+        readable=readable,
+        channels=1 if all(grey for _, grey, _ in good) else 3,
+        image_size=image_size or min(LARGEST_DEFAULT_STREAMED_SIDE, int(np.median(sides))),
+        content_digest=b"".join(digest for _, _, digest in good),
+    )
+
+
+def decode_squares(images: Sequence[EncodedImage], *, image_size: int, channels: int) -> Pixels:
+    """Pixels [N, C, S, S], the same that `decode_all` gives, of images that were found readable.
+
+    Raises UsageError, naming it, for an image that can no longer be read.
+    """
+    decoded = _in_threads(lambda image: _decode(image, image_size), images)
+    pixels_NCHW = np.empty((len(images), channels, image_size, image_size), np.uint8)
+    for index, (image, result) in enumerate(zip(images, decoded, strict=True)):
+        if isinstance(result, str):
+            raise UsageError(_no_longer_readable(image, result))
+        pixels_NCHW[index] = result[0].transpose(2, 0, 1)[:channels]
+    return pixels_NCHW
+
+
+def decode_whole(image: EncodedImage) -> Pixels:
+    """RGB pixels [H, W, 3] at the image's own size; a grey image has three equal channels.
+
+    Raises UsageError, naming it, for an image that can no longer be read.
+    """
+    result = _read(image, lambda rgb, _: np.array(rgb, dtype=np.uint8))
+    if isinstance(result, str):
+        raise UsageError(_no_longer_readable(image, result))
+    return result
+
+
+def _no_longer_readable(image: EncodedImage, why: str) -> str:
+    return f"{image.name} could be read when the dataset was loaded and cannot be now ({why}); restore it and resume"
+
+
+def _in_threads(function: Callable[[EncodedImage], T], images: Sequence[EncodedImage]) -> list[T]:
+    size = max(1, min(CHUNK, -(-len(images) // WORKERS)))
+    chunks = [images[start : start + size] for start in range(0, len(images), size)]
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        decoded = [d for part in pool.map(lambda chunk: [_decode(i, side) for i in chunk], chunks) for d in part]
+        return [result for part in pool.map(lambda chunk: [function(i) for i in chunk], chunks) for result in part]
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
-    readable = np.array([not isinstance(d, str) for d in decoded])
-    bad = [f"{image.name} ({d})" for image, d in zip(images, decoded, strict=True) if isinstance(d, str)]
+
+
+def _without_unreadable(
+    images: Sequence[EncodedImage], results: list[T | str]
+) -> tuple[npt.NDArray[np.bool_], list[T]]:
+    """A mask of the images that have a result, and these results; a text says why there is none."""
+    bad = [f"{image.name} ({r})" for image, r in zip(images, results, strict=True) if isinstance(r, str)]
     if bad:
         more = f" and {len(bad) - NAMED_IN_WARNING} more" if len(bad) > NAMED_IN_WARNING else ""
         warnings.warn(
             f"{len(bad)} of {len(images)} images cannot be read and are left out: "
             f"{', '.join(bad[:NAMED_IN_WARNING])}{more}",
             DataWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    good = [d for d in decoded if not isinstance(d, str)]
+    good = [r for r in results if not isinstance(r, str)]
     if not good:
         raise UsageError(f"none of the {len(images)} images can be read")
-    channels = 1 if all(grey for _, grey in good) else 3
-    pixels_NCHW = np.empty((len(good), channels, side, side), np.uint8)
-    for index, (pixels_HWC, _) in enumerate(good):
-        pixels_NCHW[index] = pixels_HWC.transpose(2, 0, 1)[:channels]
-    return pixels_NCHW, readable, side
+    return np.array([not isinstance(r, str) for r in results]), good
 
 
 def _check_memory(count: int, side: int) -> None:
@@ -111,14 +187,32 @@ def _typical_side(images: Sequence[EncodedImage]) -> int:
 
 def _decode(image: EncodedImage, side: int) -> tuple[Pixels, bool] | str:
     """Pixels [S, S, 3] and whether the image is grey; or why it cannot be read."""
+
+    def square(rgb: Image.Image, grey: bool) -> tuple[Pixels, bool]:
+        if rgb.size != (side, side):
+            rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(rgb, dtype=np.uint8), grey
+
+    return _read(image, square)
+
+
+def _inspect(image: EncodedImage) -> tuple[int, bool, bytes] | str:
+    """The short side, whether the image is grey, and its bytes' SHA-256; or why it cannot be read."""
+    try:
+        content = image.source if isinstance(image.source, bytes) else image.source.read_bytes()
+    except OSError as error:
+        return type(error).__name__
+    digest = hashlib.sha256(content).digest()
+    return _read(replace(image, source=content), lambda rgb, grey: (min(rgb.size), grey, digest))
+
+
+def _read(image: EncodedImage, use: Callable[[Image.Image, bool], T]) -> T | str:
+    """What `use` makes of the decoded RGB image and of whether it was grey; or why it cannot be read."""
     try:
         with image.open() as opened:
             upright = _upright(opened)
             grey = upright.mode in GREY_MODES
-            rgb = _to_rgb(upright)
-            if rgb.size != (side, side):
-                rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.BILINEAR)
-            return np.asarray(rgb, dtype=np.uint8), grey
+            return use(_to_rgb(upright), grey)
     except Image.DecompressionBombError:
         return "too large"
     except Exception as error:  # noqa: BLE001 - what decoders raise on damaged files has no common base

@@ -1,9 +1,13 @@
-"""Optimizer, learning-rate schedule, and the moving average of the weights."""
+"""Optimizers whose settings are tensors, and the moving average of the weights.
+
+What differs between trials of a search must not be a constant of a compiled or captured step: learning rate, weight
+decay and the gradient's largest norm are tensors that a new trial overwrites in place, as are momenta.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,39 +15,189 @@ from torch import Tensor, nn
 
 from trainables.config import TrainConfig
 
-
-def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum; vectors (biases, normalization) are decayed only with `decay_norm_and_bias`."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0},
-    ]
-    # Fused kernels exist for the CPU too; Nesterov without momentum is refused by torch.
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=True
-    )
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+ADAM_BETAS = (0.9, 0.999)
+ADAM_RMS = 0.2
 
 
-def learning_rate(step: int, *, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Linear warmup, then half a cosine (Loshchilov & Hutter 2017). `step` counts from 0.
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024, "Muon").
 
-    Warmup takes at most half of the training, so that a short run still decays.
+    Filters are matrices of [outputs, inputs x height x width]. Updates are scaled to the size that AdamW's have (Liu
+    et al. 2025, "Muon is scalable for LLM training"), so that both share a learning rate. Decays nothing itself.
     """
-    total = config.max_epochs * steps_per_epoch
-    warmup = min(config.warmup_epochs * steps_per_epoch, total / 2)
-    if step < warmup:
-        return config.lr * min(1.0, (step + 1) / warmup)
-    progress = (step - warmup) / (total - warmup)
-    floor = config.final_lr_fraction
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, lr: float | Tensor, momentum: float, nesterov: bool
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
+        """Update the parameters that have a gradient; those of one shape together."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, **{k: group[k] for k in ("lr", "momentum", "nesterov")})
+
+    def _update(self, parameters: list[nn.Parameter], *, lr: Any, momentum: float, nesterov: bool) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if nesterov else buffers
+        matrices_LRC = orthogonalized(torch.stack([update.flatten(1) for update in updates]))
+        scale = ADAM_RMS * max(matrices_LRC.shape[1:]) ** 0.5
+        for parameter, matrix_RC in zip(parameters, matrices_LRC * (lr * scale), strict=True):
+            parameter.sub_(matrix_RC.reshape(parameter.shape))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for every parameter group from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def orthogonalized(matrices_LRC: Tensor) -> Tensor:
+    """Each matrix's nearest (semi-)orthogonal one, roughly: singular values of about 0.7 to 1.2 (Jordan et al. 2024).
+
+    A quintic Newton-Schulz iteration, in bfloat16 on a GPU.
+    """
+    a, b, c = NEWTON_SCHULZ
+    work = matrices_LRC.bfloat16() if matrices_LRC.device.type == "cuda" else matrices_LRC
+    tall = work.shape[1] > work.shape[2]
+    x = work.mT if tall else work
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices_LRC.dtype)
+
+
+class Optimization:
+    """The optimizer of a network cut into parts, the last of which is its classifier.
+
+    `decays` are the parameters that weight decay applies to: filters and matrices, and with `decay_norm_and_bias` all.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], config: TrainConfig, *, device: str) -> None:
+        self._tensors = device == "cuda"
+        self._decoupled = config.optimizer != "sgd"
+        fused = device in ("cpu", "cuda")
+        *body, head = ([p for p in part.parameters() if p.requires_grad] for part in parts)
+        head_groups = _groups(head, factor=config.head_lr_factor, config=config)
+        body_groups = _groups([p for part in body for p in part], factor=1.0, config=config)
+        # Nesterov without momentum is refused by torch.
+        momentum, nesterov = config.momentum, config.nesterov and config.momentum > 0
+        self.optimizers: list[torch.optim.Optimizer]
+        if config.optimizer == "sgd":
+            self.optimizers = [
+                torch.optim.SGD([*body_groups, *head_groups], lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
+            ]
+        else:
+            of_muon = [g["matrices"] and config.optimizer == "muon" for g in body_groups]
+            matrices = [g for g, it_is in zip(body_groups, of_muon, strict=True) if it_is]
+            others = [g for g, it_is in zip(body_groups, of_muon, strict=True) if not it_is] + head_groups
+            self.optimizers = [
+                torch.optim.AdamW(
+                    others, lr=0.0, betas=ADAM_BETAS, weight_decay=0.0, fused=fused, capturable=self._tensors
+                )
+            ]
+            if matrices:
+                self.optimizers.append(Muon(matrices, lr=0.0, momentum=momentum, nesterov=nesterov))
+        self.weight_decay, self.gradient_clip = torch.zeros(2, device=device)
+        for group in self._all_groups():
+            group["lr"] = torch.zeros((), device=device) if self._tensors else 0.0
+        self._create_state()
+
+    def _create_state(self) -> None:
+        """Make every momentum now, as zeros: a parameter may join later, and a captured step wants fixed places."""
+        for optimizer in self.optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                names: tuple[str, ...] = (
+                    ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+                )
+                if isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["momentum"]:
+                    names = ()
+                state = {name: torch.zeros_like(parameter) for name in names}
+                if "exp_avg" in state:
+                    state["step"] = torch.zeros((), device=parameter.device if self._tensors else "cpu")
+                optimizer.state[parameter] = state
+
+    def begin(self, config: TrainConfig) -> None:
+        """Forget everything and take on another configuration of the same structure, in place."""
+        for state in self._states():
+            for tensor in state.values():
+                tensor.zero_()
+        self.weight_decay.fill_(config.weight_decay)
+        self.gradient_clip.fill_(config.gradient_clip)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Use `lr` from the next step on, times each group's factor."""
+        for group in self._all_groups():
+            if self._tensors:
+                group["lr"].fill_(lr * group["factor"])
+            else:
+                group["lr"] = lr * group["factor"]
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, *, clip: bool, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Update the parameters from their gradients, clipped if asked for. Returns the gradient's norm before that."""
+        if scaler is not None:
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer)
+        grads = [p.grad for group in self._all_groups() for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if clip:
+            torch._foreach_mul_(grads, (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
+        self._decay()
+        for optimizer in self.optimizers:
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        return norm
+
+    def _decay(self) -> None:
+        """Weight decay: added to SGD's gradients, taken off the weights otherwise (Loshchilov & Hutter 2019)."""
+        for group in self._all_groups():
+            decayed = [p for p in group["params"] if p.grad is not None] if group["decayed"] else []
+            if decayed and self._decoupled:
+                torch._foreach_mul_(decayed, 1 - group["lr"] * self.weight_decay)
+            elif decayed:
+                torch._foreach_add_([p.grad for p in decayed], torch._foreach_mul(decayed, self.weight_decay))
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """The momenta, a dictionary a parameter."""
+        return [dict(state) for state in self._states()]
+
+    def load_state_dict(self, saved: list[dict[str, Tensor]]) -> None:
+        """Go on from saved momenta, in place."""
+        for state, loaded in zip(self._states(), saved, strict=True):
+            for name, tensor in state.items():
+                tensor.copy_(loaded[name])
+
+    def _all_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        return [o.state[p] for o in self.optimizers for group in o.param_groups for p in group["params"]]
+
+
+def _groups(parameters: list[nn.Parameter], *, factor: float, config: TrainConfig) -> list[dict[str, Any]]:
+    """The filters and matrices, and the vectors (biases, normalization), each if there are any."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "matrices": True, "decayed": True, "factor": factor},
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "matrices": False,
+            "decayed": config.decay_norm_and_bias,
+            "factor": factor,
+        },
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class MovingAverage:
@@ -56,6 +210,13 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
+        self._decay = decay
+        self._updates = 0
+
+    def begin(self, model: nn.Module, *, decay: float) -> None:
+        """Start anew from a model, with another decay."""
+        # What an earlier trial left may be NaN, which no weight of zero takes away.
+        self.module.load_state_dict(model.state_dict())
         self._decay = decay
         self._updates = 0
 

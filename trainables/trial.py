@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from results.schema import EpochResult, EstimatePredictions, SelectPredictions, TestPredictions
+from results.schema import PREDICTIONS, EpochResult
 from results.store import TrialFiles
 from trainables.config import TrainConfig
-from trainables.loop import ResidentImages, TrainState, finished, predictions, train
+from trainables.datasets import SplitImages
+from trainables.evaluation import predictions
+from trainables.loop import TrainState, finished, train
+from trainables.resident import ResidentImages, TrainingImages
+
+
+def images_on(device: str, split: SplitImages, *, config: TrainConfig) -> TrainingImages:
+    """A dataset as the configuration's pipeline has it: resident on the device, or streamed to it."""
+    if config.pipeline == "resident":
+        return ResidentImages.on(device, split)
+    from trainables.streaming import StreamedImages  # albumentations takes seconds to import
+
+    return StreamedImages.on(device, split)
 
 
 def run_trial(
     config: TrainConfig,
-    data: ResidentImages,
+    data: TrainingImages,
     *,
     files: TrialFiles,
+    state: TrainState | None = None,
     rung_epochs: Collection[int] = (),
     epochs_recorded: int = 0,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochResult]:
     """Train a trial, going on from its resume file if there is one; yields every epoch after `epochs_recorded`.
 
     Before an epoch is yielded everything it stands for is on disk: the resume file always, weights and
     predictions when the epoch is a rung or the last. Epochs that an earlier worker finished and nobody
-    recorded are yielded from the resume file.
+    recorded are yielded from the resume file. `state`: a fresh one, made from a learner that an earlier trial left.
     """
-    state = TrainState(config, data)
+    state = TrainState(config, data) if state is None else state
     if files.resume.exists():
         state.load_state_dict(torch.load(files.resume, map_location=data.device, weights_only=True))
         yield from (result for result in state.results if result.epoch > epochs_recorded)
-    for result in train(config, data, state=state):
+    for result in train(config, data, state=state, on_step=on_step):
         if state.best_weights and (result.epoch in rung_epochs or finished(config, state)):
-            save_best(state, data, files)
+            save_best(config, state, data, files)
         files.replace(files.resume, _serialized(state))
         yield result
 
@@ -46,10 +60,17 @@ def _serialized(state: TrainState) -> bytes:
     return buffer.getvalue()
 
 
-def save_best(state: TrainState, data: ResidentImages, files: TrialFiles) -> None:
+def save_best(config: TrainConfig, state: TrainState, data: TrainingImages, files: TrialFiles) -> None:
     """Store the best epoch's weights, and what they predict for every split that has examples."""
     weights: dict[str, Any] = {name: tensor.contiguous() for name, tensor in state.best_weights.items()}
     files.replace(files.best, save(weights, metadata={"epoch": str(state.results[-1].best_epoch)}))
     model = state.best_model()
-    parts = [predictions(model, data, of) for of in (SelectPredictions, EstimatePredictions, TestPredictions)]
-    files.write_predictions([part for part in parts if len(part.labels_N)], variant="best")
+    views_of = {"best": "none"}
+    if config.test_time_augmentation != "none":
+        views_of["tta"] = config.test_time_augmentation
+    of = [cls for split, cls in PREDICTIONS.items() if data.split.sizes()[split]]
+    variants = {
+        variant: [predictions(model, data, cls, views=views, precision=config.precision) for cls in of]
+        for variant, views in views_of.items()
+    }
+    files.write_predictions(variants)

@@ -11,32 +11,24 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from ray import tune
 
 from results.schema import EpochResult
 from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.loop import ResidentImages
-from trainables.trial import run_trial
+from trainables.learner import Learner
+from trainables.loop import TrainState
+from trainables.process import prepare_process
+from trainables.trial import images_on, run_trial
 
 PR_SET_PDEATHSIG = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def worker_environment(*, threads: int) -> dict[str, str]:
-    """Variables that a worker's process must have from its start, before torch and glibc read them.
-
-    glibc otherwise gives activations back to the kernel after every step, and idle OpenMP threads spin.
-    """
-    return {
-        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30),
-        "MALLOC_TOP_PAD_": str(256 * 2**20),
-        "OMP_WAIT_POLICY": "passive",
-        "OMP_NUM_THREADS": str(threads),
-    }
+    """Variables that a worker's process must have before torch is imported: idle OpenMP threads otherwise spin."""
+    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
 
 
 class TuneTrial(tune.Trainable):
@@ -45,20 +37,27 @@ class TuneTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], data: SplitImages, device: str, threads: int) -> None:
         """See ray.tune.Trainable; `config` is that of `assignment_config`."""
         _die_with_parent()
-        torch.set_num_threads(threads)
-        self._data = ResidentImages.on(device, data)
+        prepare_process(threads=threads)
+        self._data = images_on(device, data, config=TrainConfig(**config["train"]))
+        self._learner: Learner | None = None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take on another trial."""
+        """Take on another trial, with what the last one has warmed up."""
         self._begin(new_config)
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
+        train_config = TrainConfig(**config["train"])
+        if self._learner is not None and not self._learner.fits(train_config, self._data):
+            self._learner = None  # its memory is free before the next one is made
+        state = TrainState(train_config, self._data, learner=self._learner)
+        self._learner = state.learner
         self._results: Iterator[EpochResult] = run_trial(
-            TrainConfig(**config["train"]),
+            train_config,
             self._data,
             files=TrialFiles(**config["files"]),
+            state=state,
             rung_epochs=config["rung_epochs"],
             epochs_recorded=config["epochs_recorded"],
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout
+
 STEM_WIDTH = 20
 STAGES = ((20, 1), (40, 2), (80, 2), (160, 2))  # width and stride of the first of two blocks
 
@@ -43,7 +45,7 @@ class SeparableBlock(nn.Module):
 def efficient200k(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
     """Stem, four stages of two blocks, global average pooling; a stride-2 stem from 96 pixels on."""
     layers: list[nn.Module] = [
-        nn.Conv2d(channels, STEM_WIDTH, 3, stride=2 if image_size >= 96 else 1, padding=1, bias=False),
+        nn.Conv2d(channels, STEM_WIDTH, 3, stride=2 if image_size >= IMAGENET_STEM_FROM else 1, padding=1, bias=False),
         nn.BatchNorm2d(STEM_WIDTH),
         nn.ReLU(inplace=True),
     ]
@@ -52,5 +54,5 @@ def efficient200k(*, num_classes: int, dropout: float, image_size: int, channels
         layers += [SeparableBlock(width, outputs, stride), SeparableBlock(outputs, outputs, 1)]
         width = outputs
     return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(width, num_classes)
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(dropout), nn.Linear(width, num_classes)
     )

@@ -1,9 +1,11 @@
-"""Layers that several families share."""
+"""Layers and stem rules that several families share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+IMAGENET_STEM_FROM = 96  # pixels: from here on the stem is the published ImageNet one
 
 
 class Dropout(nn.Module):
@@ -32,3 +34,29 @@ def set_dropout(net: nn.Module, probability: float) -> None:
     for module in net.modules():
         if isinstance(module, Dropout):
             module.probability.fill_(probability)
+
+
+def halvings_left_out(image_size: int) -> int:
+    """How many of the first halvings of a net of total stride 32 to leave out: 0 from 96 pixels, 1 from 48, 2 below.
+
+    Images of 32, 64 and 128 pixels then all end as a map of 4x4.
+    """
+    if image_size >= IMAGENET_STEM_FROM:
+        return 0
+    return 1 if image_size >= IMAGENET_STEM_FROM // 2 else 2
+
+
+def fit_stem(features: nn.Sequential, *, image_size: int, channels: int) -> None:
+    """Fit the `features` of a torchvision mobile net, in place, to small images and to any number of channels.
+
+    The first `halvings_left_out(image_size)` convolutions of stride 2 get stride 1; the weights keep their shapes.
+    """
+    convolutions = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
+    strided = [convolution for convolution in convolutions if convolution.stride != (1, 1)]
+    for convolution in strided[: halvings_left_out(image_size)]:
+        convolution.stride = (1, 1)
+    first = convolutions[0]
+    if channels != first.in_channels:
+        first.in_channels = channels
+        first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+        nn.init.kaiming_normal_(first.weight, mode="fan_out")

@@ -10,11 +10,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from trainables.backbones.layers import Dropout
+from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout
 
 STAGES = ((32, 7), (64, 7), (128, 7))  # width and number of blocks
 FOURTH_STAGE = (256, 3)
-LARGE_IMAGES_FROM = 96  # pixels: from here on the stem has stride 2
 
 
 class PreActivationBlock(nn.Module):
@@ -42,9 +41,12 @@ class PreActivationBlock(nn.Module):
 def resnet44v2(
     *, num_classes: int, dropout: float, image_size: int, channels: int, stages: tuple[tuple[int, int], ...] = STAGES
 ) -> nn.Module:
-    """Stem, stages of pre-activation blocks, a last norm and ReLU, global average pooling, dropout, classifier."""
+    """Stem, stages of pre-activation blocks, a last norm and ReLU, global average pooling, dropout, classifier.
+
+    The stem is a 3x3 convolution, of stride 2 from 96 pixels on.
+    """
     width = stages[0][0]
-    stride = 2 if image_size >= LARGE_IMAGES_FROM else 1
+    stride = 2 if image_size >= IMAGENET_STEM_FROM else 1
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)]
     for index, (outputs, blocks) in enumerate(stages):
         for block in range(blocks):

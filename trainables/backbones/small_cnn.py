@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from trainables.backbones.layers import Dropout
+
 WIDTHS = (32, 64, 128)
+
+
+def _stride(image_size: int) -> int:
+    return 2 if image_size >= 64 else 1
+
+
+def _poolings(image_size: int) -> int:
+    side = max(1, -(-image_size // _stride(image_size)))
+    return min(len(WIDTHS) - 1, side.bit_length() - 1)
+
+
+def smallest_image(built_for: int) -> int:
+    """Side in pixels of the smallest image that a net built for a size takes: 4 from 4 pixels on, 7 from 64 on."""
+    return _stride(built_for) * (2 ** _poolings(built_for) - 1) + 1
 
 
 def small_cnn(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
@@ -13,19 +29,16 @@ def small_cnn(*, num_classes: int, dropout: float, image_size: int, channels: in
     From 64 pixels on the first convolution has stride 2.
     """
     layers: list[nn.Module] = []
-    side = image_size
     for index, width in enumerate(WIDTHS):
-        stride = 2 if index == 0 and image_size >= 64 else 1
+        stride = 1 if index else _stride(image_size)
         layers += [
             nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
-        side = -(-side // stride)
-        if index < len(WIDTHS) - 1 and side >= 2:
+        if index < _poolings(image_size):
             layers.append(nn.MaxPool2d(2))
-            side //= 2
         channels = width
     return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels, num_classes)
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(dropout), nn.Linear(channels, num_classes)
     )

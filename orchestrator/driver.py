@@ -1,0 +1,160 @@
+"""What the commands that drive an experiment share: beginning one, going on with one, leaving one in order."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator import cli
+from orchestrator.ledger import Ledger
+from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
+from orchestrator.proposals import Proposer, make_sampler
+from results.events import ExperimentResumed, ExperimentStopped
+from results.store import Experiment
+from trainables.datasets import SplitImages, load_dataset
+
+
+def add_driving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every driving command takes: data, results, name, seed, device and single fields."""
+    parser.add_argument("--dataset", help="digits, cifar10, cifar100, folder:PATH or parquet:PATH")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set fields of the TrainConfig",
+    )
+    parser.add_argument("--train-fraction", type=cli.fraction, help="share of the training split to train on")
+    parser.add_argument("--max-epochs", type=cli.count, help="epochs of a training that nothing stops")
+    parser.add_argument("--data-dir", default="data", help="where datasets are, or are downloaded to (default: data)")
+    cli.add_results_dir(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an experiment that exists")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["python", "-m", f"orchestrator.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def command_to_resume(args: argparse.Namespace) -> str:
+    """What to type to go on."""
+    return command_line() if args.resume else f"{command_line()} --resume"
+
+
+def load_data(plan: SearchPlan, data_dir: str) -> SplitImages:
+    """The data that a plan's base configuration names."""
+    base = plan.space.base
+    return load_dataset(
+        base.dataset,
+        data_dir=data_dir,
+        image_size=base.image_size,
+        train_fraction=base.train_fraction,
+        val_fraction=base.val_fraction,
+        resident=base.pipeline == "resident",
+    )
+
+
+def open_or_check_new(args: argparse.Namespace, plan: SearchPlan, name: str) -> tuple[Experiment | None, SearchPlan]:
+    """The experiment to go on with and its plan, or none and the plan of a new one.
+
+    Raises UsageError when there is none to resume, or one already, or it would not be the same search.
+    """
+    if not args.resume:
+        Experiment.check_new(args.results_dir, name)
+        return None, plan
+    experiment = Experiment.open(args.results_dir, name)
+    given = {key: getattr(args, key, None) for key in ("seed", "halving", "keep_checkpoints")}
+    return experiment, resumed(plan, experiment.info, **given)
+
+
+def load_and_announce(
+    args: argparse.Namespace, plan: SearchPlan, experiment: Experiment | None, *, name: str, console: Console
+) -> SplitImages:
+    """The data, and a line that says what is going to be trained on what."""
+    data = load_data(plan, args.data_dir)
+    if experiment is not None:
+        check_same_data(experiment.info, data)
+    sizes = ", ".join(f"{n:,} {split}" for split, n in data.sizes().items())
+    base = plan.space.base
+    console.print(f"{name}: {base.backbone} on {base.dataset} ({sizes})", highlight=False, soft_wrap=True)
+    return data
+
+
+def begin(args: argparse.Namespace, plan: SearchPlan, data: SplitImages, *, name: str) -> Experiment:
+    """A new experiment."""
+    return Experiment.create(args.results_dir, name=name, info=plan.info(name=name, data=data, command=command_line()))
+
+
+def record_resumption(experiment: Experiment, plan: SearchPlan) -> None:
+    """Write down what `experiment.json` says anew: a search may be made longer, and go on with other versions."""
+    changes = {
+        "space": {**experiment.info["space"], **plan.space.describe()},
+        "keep_checkpoints": plan.keep_checkpoints,
+        **provenance(command_line()),
+    }
+    experiment.record(ExperimentResumed(at=time.time(), changes=changes))
+
+
+def make_ledger(
+    experiment: Experiment, plan: SearchPlan, *, max_concurrent: int, notify: Callable[[], None] = lambda: None
+) -> Ledger:
+    """The ledger of an experiment, standing where its event log ends."""
+    space, history = plan.space, experiment.history
+    given_started = sum(t.started.origin in {"baseline", "recipe"} for t in history.trials.values())
+    num_trials = space.budget.num_trials
+    sampler = make_sampler(
+        num_trials=num_trials,
+        max_concurrent=max_concurrent,
+        seed=plan.seed,
+        trials_so_far=len(history.trials),
+    )
+    proposer = Proposer(
+        experiment.study_path,
+        name=experiment.name,
+        metric=space.metric,
+        mode=space.mode,
+        dimensions=space.dimensions,
+        sampler=sampler,
+        given=space.complete_baselines()[given_started:num_trials],
+        given_origin="baseline" if plan.stage == "search" else "recipe",
+    )
+    return Ledger(
+        experiment,
+        space=space,
+        stage=plan.stage,
+        proposer=proposer,
+        halving=plan.make_halving(),
+        seed=plan.seed,
+        keep_checkpoints=plan.keep_checkpoints,
+        notify=notify,
+    )
+
+
+def interrupted(args: argparse.Namespace, name: str, console: Console) -> int:
+    """Write down that the driver was interrupted, and say how to go on."""
+    if not Path(args.results_dir, name).exists():
+        raise cli.Interrupted
+    experiment = Experiment.open(args.results_dir, name)
+    with experiment.driving():
+        experiment.record(ExperimentStopped(at=time.time(), state="interrupted"))
+    console.print(
+        f"interrupted; nothing is lost. To go on:\n  {command_to_resume(args)}", highlight=False, soft_wrap=True
+    )
+    return cli.INTERRUPTED
+
+
+def disk_failed(args: argparse.Namespace, error: OSError) -> int:
+    """Say that the disk did not take what was written, and how to go on."""
+    print(
+        f"error: {error}\nwhat has been recorded is safe. Mend that, then go on:\n  {command_to_resume(args)}",
+        file=sys.stderr,
+    )
+    return cli.FAILED

@@ -1,0 +1,114 @@
+"""What one training shows while it runs and at its end; and the list of recipes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator import cli
+from orchestrator.console import duration, size
+from orchestrator.metrics import METRICS, score
+from results.schema import PREDICTIONS, EpochResult
+from results.store import Experiment
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+from trainables.recipes import Recipe
+from trainables.resident import batch_size_of
+from trainables.validation import log_softmax
+
+REDRAWS_PER_SECOND = 4
+
+
+class TrainingConsole(AbstractContextManager["TrainingConsole"]):
+    """A line an epoch; in a terminal also a bar of the steps with the time that is left."""
+
+    def __init__(self, console: Console, config: TrainConfig, data: SplitImages, *, after_epoch: int) -> None:
+        self._console = console
+        self._max_epochs = config.max_epochs
+        self._steps_per_epoch = len(data.train) // batch_size_of(config, data)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            refresh_per_second=REDRAWS_PER_SECOND,
+        )
+        steps = self._steps_per_epoch
+        self._task = self._bar.add_task("steps", total=config.max_epochs * steps, completed=after_epoch * steps)
+        self._epochs = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> TrainingConsole:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        """One more step has been handed to the device."""
+        self._bar.advance(self._task)
+
+    def epoch(self, result: EpochResult) -> None:
+        """Print an epoch's figures and the time left."""
+        self._epochs += 1
+        left = (time.monotonic() - self._started) / self._epochs * (self._max_epochs - result.epoch)
+        figures = [f"loss {result.train_loss:.4f}", f"train {result.train_accuracy:.4f}"]
+        if result.val_accuracy is not None:
+            figures.append(f"val {result.val_accuracy:.4f}")
+        figures.append(f"{result.images_per_second:,.0f} images/s")
+        figures.append(f"about {duration(left)} left")
+        self._console.print(Text(f"epoch {result.epoch}/{self._max_epochs}  " + "  ".join(figures)), soft_wrap=True)
+
+
+def print_results(console: Console, experiment: Experiment) -> int:
+    """How the training ended, and its figures on every split that it has predictions for. Returns the exit status."""
+    (trial,) = experiment.history.ended
+    row = experiment.history.trial_row(trial)
+    console.print(
+        f"{row['status']} after {row['epochs_trained']} epochs {row['stop_reason']}".rstrip(), highlight=False
+    )
+    if row["predictions"]:
+        variants = ["best"]
+        if trial.started.config.get("test_time_augmentation", "none") != "none":
+            variants.append("tta")
+        table = Table(box=None)
+        for heading in ("split", "variant", "images", *METRICS):
+            table.add_column(heading, justify="left" if heading in {"split", "variant"} else "right")
+        for split, of in PREDICTIONS.items():
+            for variant in variants:
+                found = experiment.predictions(trial.trial_id, of, variant=variant)
+                if len(found.labels_N):
+                    scored = score(found.logits_NC, found.labels_N, log_probs_NC=log_softmax(found.logits_NC))
+                    figures = scored.metrics(scored.columns_NK.mean(0))
+                    shown = [f"{figures[name]:.4f}" for name in METRICS]
+                    table.add_row(split, variant, f"{len(found.labels_N):,}", *shown)
+        console.print(table)
+    if row["regularization_verdict"]:
+        console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
+    console.print(f"{experiment.root}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
+    return cli.FAILED if row["status"] == "failed" else cli.DONE
+
+
+def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:
+    """Every recipe: what it trains, what it costs, what was published, where it departs from its source."""
+    for name, recipe in recipes.items():
+        config = recipe.config
+        console.print(Text(name, style="bold"))
+        epochs, batch = config.max_epochs, config.batch_size
+        lines = [
+            f"{config.backbone} on {config.dataset}, {epochs} epochs, batch {batch}, {config.optimizer}",
+            f"source: {recipe.source}",
+            f"published: {recipe.published}",
+            f"differs: {recipe.differs}" if recipe.differs else "",
+        ]
+        for line in filter(None, lines):
+            console.print(Text(f"  {line}"), soft_wrap=True)

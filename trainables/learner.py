@@ -1,0 +1,262 @@
+"""A network and its optimizer, ready to take steps, and kept warm from one trial to the next.
+
+Whatever differs between trials of one structure is a tensor that `begin` overwrites in place: weights, momenta,
+learning rate, weight decay, dropout, label smoothing; mixing weights come with each batch. So a later trial finds the
+step compiled, the CUDA graph captured and the kernels chosen.
+
+Shape suffixes: B batch, C channels or classes, H height, W width, K labels of a mixed image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from results.schema import UsageError
+from trainables.backbones import check_backbone, parts
+from trainables.backbones.layers import set_dropout
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+from trainables.mixing import SoftTargets
+from trainables.model import INITIALIZATION_SAMPLE, Classifier, evenly_spread, fresh_model, multiply_adds
+from trainables.optim import MovingAverage, Optimization
+from trainables.precision import autocast, check_execution, resolved
+from trainables.resident import TrainingImages, memory_format
+
+STRUCTURE = (
+    "backbone",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "decay_norm_and_bias",
+    "head_lr_factor",
+    "accumulation_steps",
+    "precision",
+    "compile",
+    "cuda_graph",
+    "channels_last",
+)
+WARMUP_STEPS = 3
+MOST_LABELS = 4  # of RICAP
+RECOMPILE_LIMIT = 32  # image sizes times stages of unfreezing
+
+Step = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def structure(config: TrainConfig) -> tuple[object, ...]:
+    """What a compiled or captured step has built in; trials that agree in it can share a learner."""
+    switches = (bool(config.gradient_clip), bool(config.ema_decay), bool(config.unfreeze_epochs))
+    return (*(getattr(config, name) for name in STRUCTURE), *switches)
+
+
+def check_trainable(config: TrainConfig, split: SplitImages, *, device: str) -> None:
+    """Raise UsageError when a configuration cannot be trained on a dataset or a device."""
+    check_execution(config, device)
+    check_backbone(config.backbone, image_size=split.image_size)
+    if config.initial_image_size is not None:
+        check_backbone(config.backbone, image_size=config.initial_image_size, built_for=split.image_size)
+    if config.initial_image_size is not None and config.initial_image_size > split.image_size:
+        raise UsageError(
+            f"initial_image_size={config.initial_image_size} is more than the images' {split.image_size} pixels; "
+            f"lower it"
+        )
+    batch = min(config.batch_size, len(split.train))
+    if config.accumulation_steps > batch // 2:
+        raise UsageError(
+            f"accumulation_steps={config.accumulation_steps} leaves parts of a single image of the {batch} there are; "
+            f"lower it"
+        )
+
+
+class Learner:
+    """A network in training on the images' device."""
+
+    def __init__(self, config: TrainConfig, data: TrainingImages) -> None:
+        split, device = data.split, data.device
+        check_trainable(config, split, device=device)
+        self.structure = structure(config)
+        self.data = data
+        model = self._fresh(config)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.multiply_adds = multiply_adds(model, channels=split.channels, image_size=split.image_size)
+        self.model = model.to(device).to(memory_format=memory_format(config))
+        self.parts = parts(model.backbone)
+        self.ema = MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
+        self.optimization = Optimization(self.parts, config, device=device)
+        self.label_smoothing, self.loss_sum, self.correct, self.norm_sum = torch.zeros(4, device=device)
+        self._trainable = [p.requires_grad for p in self.model.parameters()]
+        self._precision = resolved(config.precision, device)
+        self._accumulation_steps = config.accumulation_steps
+        self._clip = bool(config.gradient_clip)
+        self._scaler = torch.amp.GradScaler(device) if self._precision == "float16" else None
+        on_gpu = device == "cuda"
+        compiled = on_gpu if config.compile is None else config.compile
+        self._loss = _compiled(self._eager_loss) if compiled else self._eager_loss
+        captured = on_gpu and not config.unfreeze_epochs if config.cuda_graph is None else config.cuda_graph
+        self._graphs: dict[torch.Size, CapturedStep] | None = {} if captured else None
+        self._one_shape = compiled or captured
+        self.begin(config, model=None)
+
+    def _fresh(self, config: TrainConfig) -> Classifier:
+        return fresh_model(config, self.data.split, self._initialization_sample)
+
+    def _initialization_sample(self) -> Tensor:
+        train = self.data.split.train
+        sample_N = train[evenly_spread(len(train), INITIALIZATION_SAMPLE)]
+        return torch.cat([batch.cpu() for batch in self.data.evaluation_batches(sample_N)])
+
+    def fits(self, config: TrainConfig, data: TrainingImages) -> bool:
+        """Whether another trial can go on with this learner."""
+        return data is self.data and structure(config) == self.structure
+
+    def begin(self, config: TrainConfig, *, model: Classifier | None) -> None:
+        """Take on a trial of the same structure, its weights those of `model` (None: those there are)."""
+        if model is not None:
+            self.model.load_state_dict(model.state_dict())
+        set_dropout(self.model, config.dropout)
+        self.label_smoothing.fill_(config.label_smoothing)
+        self.optimization.begin(config)
+        self.freeze(0)
+        if self.ema is not None:
+            self.ema.begin(self.model, decay=config.ema_decay)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(torch.amp.GradScaler(self.data.device).state_dict())
+
+    def restart(self, config: TrainConfig) -> None:
+        """Take on a trial of the same structure from its first step."""
+        self.begin(config, model=self._fresh(config))
+
+    def freeze(self, count: int) -> None:
+        """Let the first `count` parts, from the input, not learn; all others do, as the backbone has it."""
+        frozen = {p for part in self.parts[:count] for p in part.parameters()}
+        for parameter, trainable in zip(self.model.parameters(), self._trainable, strict=True):
+            parameter.requires_grad_(trainable and parameter not in frozen)
+            parameter.grad = parameter.grad if parameter.requires_grad else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose figures are reported: the moving average when there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def begin_epoch(self) -> None:
+        """Set the sums of the epoch's figures to zero, and the model to training."""
+        for figure in (self.loss_sum, self.correct, self.norm_sum):
+            figure.zero_()
+        self.model.train()
+
+    def step(self, images_BCHW: Tensor, targets: SoftTargets, *, lr: float) -> None:
+        """One update from one batch; figures are summed on the device, and nothing waits for it."""
+        self.optimization.set_learning_rate(lr)
+        targets = _padded(targets) if self._one_shape else targets
+        batch = (images_BCHW, targets.labels_BK, targets.weights_BK)
+        if self._graphs is None:
+            self._step(*batch)
+        else:
+            if images_BCHW.shape not in self._graphs:
+                self._graphs[images_BCHW.shape] = CapturedStep(self._step)
+            self._graphs[images_BCHW.shape](*batch)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _step(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor) -> None:
+        self.optimization.zero_grad()
+        chunks = zip(
+            *(t.tensor_split(self._accumulation_steps) for t in (images_BCHW, labels_BK, weights_BK)), strict=True
+        )
+        for images, labels, weights in chunks:
+            loss, correct = self._loss(images, labels, weights)
+            loss = loss * (len(images) / len(images_BCHW))
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            self.loss_sum += loss.detach()
+            self.correct += correct
+        self.norm_sum += self.optimization.step(clip=self._clip, scaler=self._scaler)
+        if self._scaler is not None:
+            self._scaler.update()
+
+    def _eager_loss(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor) -> tuple[Tensor, Tensor]:
+        targets = SoftTargets(labels_BK, weights_BK)
+        with autocast(self._precision, self.data.device):
+            logits_BC = self.model(images_BCHW)
+        logits_BC = logits_BC.float()
+        return targets.loss(logits_BC, label_smoothing=self.label_smoothing), targets.correct(logits_BC.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs; readable with `torch.load(weights_only=True)`."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimization.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state of the same configuration, in place."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimization.load_state_dict(state["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def evaluated_copy(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A copy of the evaluated model with other weights."""
+        model = copy.deepcopy(self.evaluated)
+        model.load_state_dict(weights)
+        return model
+
+
+def _padded(targets: SoftTargets) -> SoftTargets:
+    """The same targets with as many labels as any mixing has, the added ones of weight 0."""
+    missing = MOST_LABELS - targets.labels_BK.shape[1]
+    return SoftTargets(
+        torch.cat([targets.labels_BK, targets.labels_BK[:, :1].expand(-1, missing)], 1),
+        pad(targets.weights_BK, (0, missing)),
+    )
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+class CapturedStep:
+    """A step that runs a few times as it is, is then captured as a CUDA graph, and replayed from there on."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *batch: Tensor) -> None:
+        """Take one step with a batch, whose shape is always the same."""
+        if self._graph is not None:
+            for kept, new in zip(self._inputs, batch, strict=True):
+                kept.copy_(new)
+            self._graph.replay()
+        elif self._runs < WARMUP_STEPS:
+            self._run_aside(batch)
+        else:
+            self._capture(batch)
+            self(*batch)
+        self._runs += 1
+
+    def _run_aside(self, batch: tuple[Tensor, ...]) -> None:
+        """What is captured later must have run on a stream of its own before."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(*batch)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(tensor.clone() for tensor in batch)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step(*self._inputs)

@@ -1,0 +1,75 @@
+"""A backbone with its normalization: built from a configuration, made afresh, measured.
+
+Shape suffixes: N images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainables.backbones import BACKBONES, initialize_from_images, takes_images
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+
+INITIALIZATION_SAMPLE = 5_000
+
+
+class Classifier(nn.Module):
+    """A backbone that takes images in 0 to 255 and normalizes them itself, so that weights are self-contained."""
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, backbone: nn.Module, *, mean_C: Tensor, std_C: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean_C11", mean_C[:, None, None])
+        self.register_buffer("std_C11", std_C[:, None, None])
+
+    def normalized(self, images_NCHW: Tensor) -> Tensor:
+        """Images in 0 to 255 as the backbone wants them."""
+        return (images_NCHW - self.mean_C11) / self.std_C11
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Float images [N, C, H, W] in 0 to 255 -> logits [N, num_classes]."""
+        logits: Tensor = self.backbone(self.normalized(images_NCHW))
+        return logits
+
+
+def fresh_model(config: TrainConfig, split: SplitImages, sample: Callable[[], Tensor]) -> Classifier:
+    """A model on the CPU whose weights the configuration's seed decides.
+
+    `sample` gives training images [N, C, H, W] in 0 to 255; asked for when a layer is initialized from images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = BACKBONES[config.backbone](
+            num_classes=split.num_classes,
+            dropout=config.dropout,
+            image_size=split.image_size,
+            channels=split.channels,
+        )
+    model = Classifier(
+        backbone, mean_C=torch.from_numpy(split.mean_C.copy()), std_C=torch.from_numpy(split.std_C.copy())
+    )
+    if takes_images(model.backbone):
+        initialize_from_images(model.backbone, model.normalized(sample()))
+    return model
+
+
+def evenly_spread(count: int, sample: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """At most `sample` indices below `count`, evenly spread: images of a class often lie together."""
+    return np.linspace(0, count - 1, min(count, sample)).astype(np.int64)
+
+
+def multiply_adds(model: nn.Module, *, channels: int, image_size: int) -> int:
+    """Multiply-adds of one image's forward pass (convolutions and matrix products)."""
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, channels, image_size, image_size))
+    return int(counter.get_total_flops()) // 2

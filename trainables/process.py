@@ -1,0 +1,30 @@
+"""What a process that trains sets up once: how it keeps memory, and how many threads it uses."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+MOST_KEPT_BYTES = 2**31 - 1
+GROWTH_BYTES = 256 * 2**20
+
+
+def prepare_process(*, threads: int) -> None:
+    """Use so many threads for arithmetic, and keep freed memory.
+
+    glibc gives a step's activations back to the kernel after every step, which then clears the pages again for the
+    next one. (With musl or on other systems nothing is changed.)
+    """
+    torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in (
+            (M_MMAP_MAX, 0),
+            (M_TRIM_THRESHOLD, MOST_KEPT_BYTES),
+            (M_TOP_PAD, GROWTH_BYTES),
+        ):
+            libc.mallopt(option, value)

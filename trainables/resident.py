@@ -1,0 +1,120 @@
+"""Where a training loop gets its batches from; and images that lie as one tensor where the model trains.
+
+Shape suffixes: N images, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from results.schema import IntArray
+from trainables.augment import EpochDraws, augment
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+from trainables.mixing import SoftTargets, mix
+
+EVALUATION_BATCH = 500
+
+
+class TrainingImages(Protocol):
+    """A dataset that a model can be trained and evaluated on."""
+
+    @property
+    def split(self) -> SplitImages:
+        """Labels, splits, shapes."""
+
+    @property
+    def device(self) -> str:
+        """The type of device that batches come on."""
+
+    def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
+        """An epoch's augmented batches: float images [B, C, H, W] in 0 to 255, and their targets.
+
+        The last partial batch is dropped. Sides are `image_size`, which may be below that of the dataset.
+        """
+
+    def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
+        """Plain float images [<= 500, C, H, W] in 0 to 255, in the order of the indices."""
+
+
+def batch_size_of(config: TrainConfig, split: SplitImages) -> int:
+    """Images in a step: the configuration's, or all there are."""
+    return min(config.batch_size, len(split.train))
+
+
+def memory_format(config: TrainConfig) -> torch.memory_format:
+    """How a batch's pixels lie in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentImages:
+    """A dataset on the device where the model trains."""
+
+    split: SplitImages
+    images_NCHW: Tensor
+    labels_N: Tensor
+    train_N: Tensor
+    mean_C: Tensor
+
+    @classmethod
+    def on(cls, device: str, split: SplitImages) -> ResidentImages:
+        """Move a dataset to a device; on a CPU the pixels are shared, not copied."""
+        if split.encoded is not None:
+            raise ValueError("these images were loaded encoded, to be streamed: nothing is resident")
+        images, labels, train, mean = (
+            _shared_tensor(array).to(device) for array in (split.images_NCHW, split.labels_N, split.train, split.mean_C)
+        )
+        return cls(split, images, labels, train, mean)
+
+    @property
+    def device(self) -> str:
+        """Where the images are."""
+        return self.images_NCHW.device.type
+
+    def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
+        """See TrainingImages."""
+        batch_size = batch_size_of(config, self.split)
+        draws = EpochDraws.draw(
+            config,
+            epoch=epoch,
+            num_images=len(self.split.train),
+            image_size=self.split.image_size,
+            device=self.device,
+            batch_size=batch_size,
+        )
+        order_N = self.train_N[draws.order_N]
+        for step in range(len(self.split.train) // batch_size):
+            rows = draws.batch(step)
+            indices_B = order_N[step * batch_size :][:batch_size]
+            images_BCHW = augment(self.images_NCHW[indices_B], rows, config=config, fill_C=self.mean_C)
+            images_BCHW, targets = mix(images_BCHW, self.labels_N[indices_B], rows)
+            yield at_size(images_BCHW, image_size).contiguous(memory_format=memory_format(config)), targets
+
+    def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
+        """See TrainingImages."""
+        on_device = torch.from_numpy(np.array(indices_N)).to(self.device)
+        for chunk in on_device.split(EVALUATION_BATCH):
+            yield self.images_NCHW[chunk].float()
+
+
+def at_size(images_BCHW: Tensor, side: int) -> Tensor:
+    """Images scaled to a side, antialiased; the same tensor when they have it."""
+    if images_BCHW.shape[-1] == side:
+        return images_BCHW
+    return interpolate(images_BCHW, size=side, mode="bilinear", antialias=True).clamp_(0, 255)
+
+
+def _shared_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor over the array's memory, which nothing here writes to (Ray hands arrays out read-only)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
