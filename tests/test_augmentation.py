@@ -519,7 +519,7 @@ def test_with_probability_0_nothing_happens() -> None:
     config = replace(MIXED, crop_padding=0, flip=False, **never)  # type: ignore[arg-type]
     found = augmented(config, images)
     assert torch.equal(found, images.float())
-    mixed, targets = mix(found, torch.arange(24), draws_for(config, images).batch(0))
+    mixed, targets = mix(found, torch.arange(24), draws_for(config, images).batch(0).mixing)
     assert torch.equal(mixed, images.float())
     assert targets.labels_BK.shape == (24, 1)
 
@@ -586,7 +586,7 @@ def test_labels_weigh_what_their_images_fill(config: TrainConfig, num_labels: in
     images = torch.eye(batch_size)[:, :, None, None].expand(-1, -1, size, size).contiguous()
     draws = EpochDraws.draw(config, epoch=1, num_images=64, image_size=size, device="cpu", batch_size=batch_size)
     for step in range(4):
-        mixed, targets = mix(images, torch.arange(batch_size), draws.batch(step))
+        mixed, targets = mix(images, torch.arange(batch_size), draws.batch(step).mixing)
         assert targets.labels_BK.shape == targets.weights_BK.shape == (batch_size, num_labels)
         assert targets.weights_BK.dtype == torch.float32
         weight_of_source = torch.zeros(batch_size, batch_size).scatter_add_(1, targets.labels_BK, targets.weights_BK)
@@ -599,7 +599,7 @@ def test_patches_are_whole_pieces_of_their_images() -> None:
     config = replace(NOTHING, ricap_beta=1.0)
     images = noise(12, size=9).float()
     draws = draws_for(config, images)
-    mixed, targets = mix(images, torch.arange(12), draws.batch(0))
+    mixed, targets = mix(images, torch.arange(12), draws.batch(0).mixing)
     numbers, _ = ricap_patches(generator(config, epoch=1, stream=13), 1.0, num_images=12, image_size=9)
     for b, (row, column, *moves) in enumerate(numbers):
         corners = [(0, 0, row, column), (0, column, row, 9), (row, 0, 9, column), (row, column, 9, 9)]
@@ -613,7 +613,7 @@ def test_patches_are_whole_pieces_of_their_images() -> None:
 def test_cutmix_puts_a_box_of_the_partner_into_the_image() -> None:
     config = replace(NOTHING, cutmix_alpha=1.0)
     images = noise(12, size=9).float()
-    mixed, targets = mix(images, torch.arange(12), draws_for(config, images).batch(0))
+    mixed, targets = mix(images, torch.arange(12), draws_for(config, images).batch(0).mixing)
     boxes, _ = cutmix_boxes(generator(config, epoch=1, stream=12), 1.0, num_images=12, image_size=9)
     for b, (top, left, bottom, right) in enumerate(boxes):
         expected = images[b].clone()
@@ -628,7 +628,7 @@ def test_mixup_weights_are_those_that_past_runs_drew() -> None:
     weight = rng.beta(0.5, 0.5, size=20).astype(np.float32)
     weight[rng.random(20) >= 0.7] = 1
     images = noise(20).float()
-    mixed, targets = mix(images, torch.arange(20), draws_for(config, images, epoch=3).batch(0))
+    mixed, targets = mix(images, torch.arange(20), draws_for(config, images, epoch=3).batch(0).mixing)
     assert (targets.weights_BK[:, 0].numpy() == weight).all()
     weight_B111 = torch.from_numpy(weight)[:, None, None, None]
     assert torch.equal(mixed, torch.lerp(images.roll(1, 0), images, weight_B111))
@@ -690,7 +690,7 @@ def test_everything_at_once_keeps_pixels_and_weights_in_range(
         positions = draws.order_N[step * batch_size :][:batch_size]
         drawn = draws.batch(step)
         found = augment(images[positions], drawn, config=config, fill_C=torch.full((channels,), 7.0))
-        mixed, targets = mix(found, positions, drawn)
+        mixed, targets = mix(found, positions, drawn.mixing)
         assert mixed.shape == (batch_size, channels, size, size)
         assert mixed.min() >= 0
         assert mixed.max() <= 255
@@ -721,7 +721,7 @@ def test_a_step_never_waits_for_the_device(policy: str) -> None:
     with OperatorNames() as called:
         drawn = draws.batch(0)
         found = augment(images, drawn, config=config, fill_C=torch.full((3,), 7.0))
-        mixed, targets = mix(found, torch.arange(64) % 3, drawn)
+        mixed, targets = mix(found, torch.arange(64) % 3, drawn.mixing)
         logits = mixed.mean((2, 3))
         targets.correct(logits + targets.loss(logits, torch.tensor(0.1)))
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "boolean index"}

@@ -94,14 +94,15 @@ class TrainConfig:
     crop_fill: str = "black"
     """What a crop finds outside the image: `black` or `reflect`."""
     resized_crop_probability: float = 0.0
-    """Share of the images whose crop is a RandomResizedCrop (Szegedy et al. 2015) in place of the padded one."""
+    """Share of the images whose crop is a RandomResizedCrop (Szegedy et al. 2015), of the flipped image, in place of the
+    padded one."""
     resized_crop_min_area: float = 0.08
     resized_crop_max_area: float = 1.0
     resized_crop_min_ratio: float = 3 / 4
     resized_crop_max_ratio: float = 4 / 3
     flip: bool = True
     alternating_flip: bool = False
-    """Flip each image in every other epoch instead of at random (Jordan 2024)."""
+    """With `flip`: each image in every other epoch instead of at random (Jordan 2024)."""
     affine_probability: float = 0.0
     affine_degrees: float = 15.0
     """Largest rotation, either way."""
@@ -110,8 +111,10 @@ class TrainConfig:
     affine_scale: float = 0.1
     """Largest relative change of size, either way."""
     affine_shear_degrees: float = 0.0
+    """Largest horizontal shear, either way."""
     jitter_probability: float = 0.0
-    """Share of the images whose colours are changed by factors from 1 - x to 1 + x (hue: turned by up to x)."""
+    """Share of the images whose brightness, contrast and saturation, in this order, are changed by factors from 1 - x
+    to 1 + x, and whose hue is then turned by up to x."""
     jitter_brightness: float = 0.0
     jitter_contrast: float = 0.0
     jitter_saturation: float = 0.0

@@ -41,6 +41,7 @@ class TrainState:
         else:
             self.learner = Learner(config, data)
         self.best_weights: dict[str, Tensor] = {}
+        self.best_select: SelectPredictions | None = None
         self.results: list[EpochResult] = []
 
     @property
@@ -64,6 +65,7 @@ class TrainState:
         """Go on from a saved state of the same configuration."""
         self.learner.load_state_dict(state)
         self.best_weights = state["best_weights"]
+        self.best_select = None  # not saved: whoever needs it predicts again
         self.results = [EpochResult(**result) for result in state["results"]]
 
 
@@ -106,13 +108,16 @@ def train_epoch(
     start = time.perf_counter()
     steps = train_steps(config, data, state, epoch=len(state.results) + 1, on_step=on_step)
     epoch_seconds = time.perf_counter() - start
+    select = None
+    if len(data.split.select):
+        select = predictions(state.evaluated, data, SelectPredictions, precision=config.precision)
     result = EpochResult(
         epoch=len(state.results) + 1,
         lr=steps.lr,
         train_loss=steps.loss,
         train_accuracy=steps.accuracy,
         clean_train_accuracy=_clean_train_accuracy(config, data, state.evaluated),
-        **_validation_figures(config, data, state),
+        **_validation_figures(config, data, state, select),
         grad_norm=steps.grad_norm,
         epoch_seconds=epoch_seconds,
         images_per_second=steps.num_images / epoch_seconds,
@@ -122,7 +127,7 @@ def train_epoch(
         best_epoch=0,
         out_of_patience=False,
     )
-    return _remember(config, state, result)
+    return _remember(config, state, result, select)
 
 
 @dataclass(frozen=True)
@@ -172,11 +177,12 @@ def _clean_train_accuracy(config: TrainConfig, data: TrainingImages, model: nn.M
     return accuracy(predict(model, data, sample, precision=config.precision), data.split.labels_N[sample])
 
 
-def _validation_figures(config: TrainConfig, data: TrainingImages, state: TrainState) -> dict[str, float | None]:
+def _validation_figures(
+    config: TrainConfig, data: TrainingImages, state: TrainState, select: SelectPredictions | None
+) -> dict[str, float | None]:
     names = ("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy")
-    if not len(data.split.select):
+    if select is None:
         return dict.fromkeys(names)
-    select = predictions(state.evaluated, data, SelectPredictions, precision=config.precision)
     raw = select
     if state.learner.ema is not None:
         raw = predictions(state.learner.model, data, SelectPredictions, precision=config.precision)
@@ -191,12 +197,15 @@ def _validation_figures(config: TrainConfig, data: TrainingImages, state: TrainS
     }
 
 
-def _remember(config: TrainConfig, state: TrainState, result: EpochResult) -> EpochResult:
+def _remember(
+    config: TrainConfig, state: TrainState, result: EpochResult, select: SelectPredictions | None
+) -> EpochResult:
     """Append a result; keep the weights when no earlier epoch was better. Without validation the last counts."""
     best = next((r for r in state.results if r.epoch == state.results[-1].best_epoch), None)
     is_best = best is None or result.val_accuracy is None or _rank(result, config) > _rank(best, config)
     if is_best and not result.diverged:
         state.best_weights = {name: t.detach().cpu().clone() for name, t in state.evaluated.state_dict().items()}
+        state.best_select = select
         best = result
     best_epoch = best.epoch if best is not None else result.epoch
     waited = result.epoch - best_epoch

@@ -10,7 +10,6 @@ or classes, H height, W width, K labels an image can have.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from torch.nn.functional import log_softmax, nll_loss, pad
 
 from trainables.config import TrainConfig
 from trainables.draws import CUTMIX, MIXUP, RICAP, Array, Group, Grouped, generator, places
-
-if TYPE_CHECKING:
-    from trainables.augment import BatchDraws
 
 
 @dataclass(frozen=True)
@@ -166,9 +162,8 @@ def ricap_patches(rng: np.random.Generator, beta: float, *, num_images: int, ima
     return np.concatenate([cut_N2, down_N4, across_N4], -1), heights_N4 * widths_N4 / image_size**2
 
 
-def mix(images_BCHW: Tensor, labels_B: Tensor, draws: BatchDraws) -> tuple[Tensor, SoftTargets]:
+def mix(images_BCHW: Tensor, labels_B: Tensor, mixing: StepMixing) -> tuple[Tensor, SoftTargets]:
     """Mix images with their neighbours; K labels an image, however many of them this step's images have."""
-    mixing = draws.mixing
     rolled = [labels_B.roll(k) if k else labels_B for k in range(mixing.weights_BK.shape[1])]
     targets = SoftTargets(torch.stack(rolled, 1), mixing.weights_BK)
     if mixing.mixup_weight_B is None and mixing.cutmix is None and mixing.ricap is None:

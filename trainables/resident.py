@@ -57,7 +57,11 @@ def memory_format(config: TrainConfig) -> torch.memory_format:
 
 @dataclass(frozen=True, eq=False)
 class ResidentImages:
-    """A dataset on the device where the model trains."""
+    """A dataset on the device where the model trains.
+
+    On a GPU the pixels' channels lie together, as the augmentation wants them; on a CPU all processes share the pixels
+    as they were loaded.
+    """
 
     split: SplitImages
     images_NCHW: Tensor
@@ -73,6 +77,8 @@ class ResidentImages:
         images, labels, train, mean = (
             _shared_tensor(array).to(device) for array in (split.images_NCHW, split.labels_N, split.train, split.mean_C)
         )
+        if device != "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
         return cls(split, images, labels, train, mean)
 
     @property
@@ -95,15 +101,22 @@ class ResidentImages:
         for step in range(len(self.split.train) // batch_size):
             rows = draws.batch(step)
             indices_B = order_N[step * batch_size :][:batch_size]
-            images_BCHW = augment(self.images_NCHW[indices_B], rows, config=config, fill_C=self.mean_C)
-            images_BCHW, targets = mix(images_BCHW, self.labels_N[indices_B], rows)
+            images_BCHW = augment(self._gathered(indices_B), rows, config=config, fill_C=self.mean_C)
+            images_BCHW, targets = mix(images_BCHW, self.labels_N.index_select(0, indices_B), rows.mixing)
             yield at_size(images_BCHW, image_size).contiguous(memory_format=memory_format(config)), targets
+
+    def _gathered(self, indices_B: Tensor) -> Tensor:
+        """Some images, in the memory format that they have here."""
+        if self.images_NCHW.is_contiguous():
+            return self.images_NCHW.index_select(0, indices_B)
+        images_NHWC = self.images_NCHW.permute(0, 2, 3, 1)  # an index_select of its own would lose the format
+        return images_NHWC.index_select(0, indices_B).permute(0, 3, 1, 2)
 
     def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
         """See TrainingImages."""
         on_device = torch.from_numpy(np.array(indices_N)).to(self.device)
         for chunk in on_device.split(EVALUATION_BATCH):
-            yield self.images_NCHW[chunk].float()
+            yield self._gathered(chunk).float()
 
 
 def at_size(images_BCHW: Tensor, side: int) -> Tensor:

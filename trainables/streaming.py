@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from results.schema import IntArray, UsageError
-from trainables.augment import EpochDraws
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
+from trainables.draws import ORDER, generator
 from trainables.image_files import EncodedImage, Pixels, decode_squares, decode_whole
-from trainables.mixing import SoftTargets, mix
+from trainables.mixing import MixingDraws, SoftTargets, mix
 from trainables.resident import EVALUATION_BATCH, batch_size_of, memory_format
 
 # A stream of random numbers of its own, far from those that draws.py counts up from 0.
@@ -184,23 +184,25 @@ class StreamedImages:
         """See TrainingImages. Raises UsageError, naming it, for a file that can no longer be read."""
         batch_size = batch_size_of(config, self.split)
         num_images = len(self.split.train)
-        draws = EpochDraws.draw(
+        order_N = generator(config, epoch=epoch, stream=ORDER).permutation(num_images)
+        used_E = order_N[: num_images // batch_size * batch_size]
+        positions = np.split(used_E, num_images // batch_size)
+        mixing = MixingDraws.draw(
             config,
             epoch=epoch,
             num_images=num_images,
             image_size=image_size,
             device=self.device,
             batch_size=batch_size,
+            used_E=used_E,
         )
-        order_N = draws.order_N.cpu().numpy()
-        positions = [order_N[start : start + batch_size] for start in range(0, num_images - batch_size + 1, batch_size)]
         loader = self._loader(config, positions, epoch=epoch, image_size=image_size)
         for step, images_BHWC in enumerate(loader):
             if isinstance(images_BHWC, str):
                 raise UsageError(images_BHWC)
             labels_B = torch.from_numpy(self.split.labels_N[self.split.train[positions[step]]]).to(self.device)
             images_BCHW = images_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-            images_BCHW, targets = mix(images_BCHW, labels_B, draws.batch(step))
+            images_BCHW, targets = mix(images_BCHW, labels_B, mixing.step(step))
             yield images_BCHW.contiguous(memory_format=memory_format(config)), targets
 
     def _loader(

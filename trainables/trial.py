@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
-from results.schema import PREDICTIONS, EpochResult
+from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions
 from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -44,12 +45,15 @@ def run_trial(
     recorded are yielded from the resume file. `state`: a fresh one, made from a learner that an earlier trial left.
     """
     state = TrainState(config, data) if state is None else state
+    stored_epoch = 0  # the best epoch that is on disk, as far as this worker knows
     if files.resume.exists():
         state.load_state_dict(torch.load(files.resume, map_location=data.device, weights_only=True))
         yield from (result for result in state.results if result.epoch > epochs_recorded)
     for result in train(config, data, state=state, on_step=on_step):
-        if state.best_weights and (result.epoch in rung_epochs or finished(config, state)):
+        due = result.epoch in rung_epochs or finished(config, state)
+        if due and state.best_weights and stored_epoch != result.best_epoch:
             save_best(config, state, data, files)
+            stored_epoch = result.best_epoch
         files.replace(files.resume, _serialized(state))
         yield result
 
@@ -69,8 +73,24 @@ def save_best(config: TrainConfig, state: TrainState, data: TrainingImages, file
     if config.test_time_augmentation != "none":
         views_of["tta"] = config.test_time_augmentation
     of = [cls for split, cls in PREDICTIONS.items() if data.split.sizes()[split]]
-    variants = {
-        variant: [predictions(model, data, cls, views=views, precision=config.precision) for cls in of]
-        for variant, views in views_of.items()
-    }
-    files.write_predictions(variants)
+    files.write_predictions(
+        {
+            variant: [_best_predictions(config, state, model, data, cls, views=views) for cls in of]
+            for variant, views in views_of.items()
+        }
+    )
+
+
+def _best_predictions(
+    config: TrainConfig,
+    state: TrainState,
+    model: nn.Module,
+    data: TrainingImages,
+    of: type[Predictions],
+    *,
+    views: str,
+) -> Predictions:
+    """What the best epoch's model predicts; for select the epoch's figures have been made from it already."""
+    if of is SelectPredictions and views == "none" and state.best_select is not None:
+        return state.best_select
+    return predictions(model, data, of, views=views, precision=config.precision)
