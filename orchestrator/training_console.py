@@ -106,6 +106,8 @@ def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:
         epochs, batch = config.max_epochs, config.batch_size
         lines = [
             f"{config.backbone} on {config.dataset}, {epochs} epochs, batch {batch}, {config.optimizer}",
+            f"cost: {recipe.multiply_adds / 1e6:,.0f} million multiply-adds an image, "
+            f"{recipe.training_flops / 1e15:,.2f} PFLOP in all",
             f"source: {recipe.source}",
             f"published: {recipe.published}",
             f"differs: {recipe.differs}" if recipe.differs else "",

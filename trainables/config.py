@@ -94,7 +94,7 @@ class TrainConfig:
     crop_fill: str = "black"
     """What a crop finds outside the image: `black` or `reflect`."""
     resized_crop_probability: float = 0.0
-    """Share of the images whose crop is a RandomResizedCrop (Szegedy et al. 2015), of the flipped image, in place of the
+    """Share of the images that get a RandomResizedCrop (Szegedy et al. 2015), of the flipped image, in place of the
     padded one."""
     resized_crop_min_area: float = 0.08
     resized_crop_max_area: float = 1.0

@@ -14,12 +14,13 @@ GROWTH_BYTES = 256 * 2**20
 
 
 def prepare_process(*, threads: int) -> None:
-    """Use so many threads for arithmetic, and keep freed memory.
+    """Use so many threads for arithmetic, have cuDNN try its kernels out once a shape, and keep freed memory.
 
     glibc gives a step's activations back to the kernel after every step, which then clears the pages again for the
     next one. (With musl or on other systems nothing is changed.)
     """
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in (

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from results.schema import UsageError
+from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 
 
@@ -21,6 +25,26 @@ class Recipe:
     source: str
     published: str
     differs: str = ""
+    num_images: int = 50_000
+    image_size: int = 32
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image's forward pass, at full size and 100 classes or so."""
+        with torch.device("meta"):
+            net = BACKBONES[self.config.backbone](
+                num_classes=100, dropout=0.0, image_size=self.image_size, channels=3
+            ).eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(torch.empty(1, 3, self.image_size, self.image_size))
+        return int(counter.get_total_flops()) // 2
+
+    @property
+    def training_flops(self) -> int:
+        """Of the whole training: a backward pass counts as two forward ones, a multiply-add as two operations."""
+        held_out = 0.1 if self.config.val_fraction is None else self.config.val_fraction
+        images = int(self.num_images * (1 - held_out)) * self.config.max_epochs
+        return 6 * self.multiply_adds * images
 
 
 RESNET50_LARGE_BATCH = TrainConfig(
@@ -167,6 +191,7 @@ SPEEDRUN = TrainConfig(
     test_time_augmentation="flip_shift",
 )
 
+FOOD101_IMAGES = 75_750
 _FOOD101_DIFFERS = (
     "A plan that its authors had not carried out, and a reconstruction: rates, crop and probabilities that it leaves "
     "out are ours. It begins from pretrained weights, which are not downloaded here; its two stages (classifier, then "
@@ -216,30 +241,40 @@ RECIPES: dict[str, Recipe] = {
         source="a Food-101 plan, EfficientNet-B0 at 224",
         published="75 to 80%",
         differs=_FOOD101_DIFFERS,
+        num_images=FOOD101_IMAGES,
+        image_size=224,
     ),
     "food101_efficientnet_b3": Recipe(
         config=replace(FOOD101, backbone="efficientnet_b3", image_size=300, batch_size=16),
         source="the same plan, EfficientNet-B3 at 300",
         published="82 to 87%",
         differs=_FOOD101_DIFFERS,
+        num_images=FOOD101_IMAGES,
+        image_size=300,
     ),
     "food101_efficientnet_b4": Recipe(
         config=replace(FOOD101, backbone="efficientnet_b4", image_size=380, batch_size=8),
         source="the same plan, EfficientNet-B4 at 380",
         published="88 to 93%",
         differs=_FOOD101_DIFFERS,
+        num_images=FOOD101_IMAGES,
+        image_size=380,
     ),
     "food101_resnet50": Recipe(
         config=replace(FOOD101, backbone="resnet50"),
         source="the same plan, ResNet-50: a member of its three-model average",
         published="part of the plan's 95% for the average",
         differs=_FOOD101_DIFFERS,
+        num_images=FOOD101_IMAGES,
+        image_size=224,
     ),
     "food101_resnet101": Recipe(
         config=replace(FOOD101, backbone="resnet101", batch_size=16),
         source="the same plan, ResNet-101: a member of its three-model average",
         published="part of the plan's 95% for the average",
         differs=_FOOD101_DIFFERS,
+        num_images=FOOD101_IMAGES,
+        image_size=224,
     ),
     "resnet50_modern": Recipe(
         config=MODERN,

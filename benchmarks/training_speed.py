@@ -1,0 +1,240 @@
+"""Training against the bare loop, the input part against a DataLoader, each execution switch, images/s per backbone.
+
+    python benchmarks/training_speed.py [--quick]
+
+One thread of a CPU; alternatives run in turns, and ratios are medians over the rounds. The bare loop is forward,
+backward and optimizer step on one fixed batch of floats, with nothing around it; training is whole epochs with
+everything but evaluation: draws, augmentation, mixing, figures. Images are noise of CIFAR-100's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from interleaved import in_turns, machine, rate, ratio, spread, versions
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from trainables.backbones import BACKBONES
+from trainables.config import TrainConfig
+from trainables.datasets import LabelledImages, SplitImages, split
+from trainables.loop import TrainState, train_epoch, train_steps
+from trainables.process import prepare_process
+from trainables.resident import ResidentImages, memory_format
+
+BATCH = 128
+USUAL = TrainConfig(
+    dataset="noise",
+    batch_size=BATCH,
+    dropout=0.1,
+    cutout_size=8,
+    mixup_alpha=0.2,
+    label_smoothing=0.1,
+    max_epochs=10_000,
+    lr=0.01,
+    val_fraction=0.0,
+)
+POLICY = replace(USUAL, policy="autoaugment_cifar10")
+AGAINST_BARE = (
+    ("small_cnn", "crop, flip, cutout, mixup", USUAL, 0.95),
+    ("efficient200k", "crop, flip, cutout, mixup", USUAL, 0.95),
+    ("speedrun_cnn", "crop, flip, cutout, mixup", USUAL, 0.95),
+    ("efficient200k", "the same and AutoAugment", POLICY, 0.90),
+)
+SWITCHES: dict[str, dict[str, object]] = {
+    "channels_last off": {"channels_last": False},
+    "torch.compile": {"compile": True},
+    "EMA": {"ema_decay": 0.999},
+    "gradient clipping": {"gradient_clip": 1.0},
+    "two accumulation steps": {"accumulation_steps": 2},
+    "AdamW": {"optimizer": "adamw", "lr": 1e-3},
+    "Muon": {"optimizer": "muon", "lr": 1e-3},
+}
+LIGHT = (
+    "small_cnn",
+    "efficient200k",
+    "speedrun_cnn",
+    "mobilenet_v3_small",
+    "resnet44v2",
+    "wide_resnet16_4",
+    "resnet18",
+)
+
+
+def noise(num_images: int, *, val_fraction: float = 0.0) -> SplitImages:
+    """Images of CIFAR-100's shape, 100 classes; a sixth more of them are the test set."""
+    rng = np.random.default_rng(0)
+    total = num_images + num_images // 6
+    pixels = rng.integers(0, 256, size=(total, 3, 32, 32), dtype=np.uint8)
+    data = LabelledImages(pixels, np.arange(total) % 100, total - num_images, tuple(map(str, range(100))))
+    return split(data, val_fraction=val_fraction)
+
+
+def bare_loop(config: TrainConfig, data: ResidentImages, *, steps: int) -> Callable[[], None]:
+    """Forward, backward and step on one batch, as a loop with nothing else in it."""
+    net = BACKBONES[config.backbone](num_classes=100, dropout=config.dropout, image_size=32, channels=3)
+    net = net.to(data.device).to(memory_format=memory_format(config)).train()
+    images = torch.randn(config.batch_size, 3, 32, 32, device=data.device)
+    images = images.contiguous(memory_format=memory_format(config))
+    labels = torch.arange(config.batch_size, device=data.device) % 100
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad],
+        lr=config.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+    def run() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast(data.device, dtype=torch.bfloat16, enabled=data.device == "cuda"):
+                loss = cross_entropy(net(images), labels, label_smoothing=config.label_smoothing)
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+def training(config: TrainConfig, data: ResidentImages) -> Callable[[], None]:
+    """An epoch's steps, one epoch further each time."""
+    state = TrainState(config, data)
+    epoch = 0
+
+    def run() -> None:
+        nonlocal epoch
+        epoch += 1
+        train_steps(config, data, state, epoch=epoch)
+
+    return run
+
+
+def against_the_bare_loop(rounds: int, steps: int) -> None:
+    """Print what share of the bare loop's speed whole training has."""
+    data = ResidentImages.on("cpu", noise(steps * BATCH))
+    print("training against the bare loop (1 would be no overhead at all)")
+    for backbone, what, config, wanted in AGAINST_BARE:
+        config = replace(config, backbone=backbone)
+        seconds = in_turns(
+            {"bare": bare_loop(config, data, steps=steps), "training": training(config, data)}, rounds=rounds
+        )
+        print(
+            f"  {backbone:14} {what:26} {ratio(seconds, 'bare', 'training'):.3f} "
+            f"({spread(seconds, 'bare', 'training')}; goal {wanted})  "
+            f"{rate(seconds, 'training', images=steps * BATCH):,.0f} images/s",
+            flush=True,
+        )
+
+
+class PerImage(Dataset[tuple[torch.Tensor, int]]):
+    """What a torchvision user writes: one image at a time through transforms.v2."""
+
+    def __init__(self, data: SplitImages, config: TrainConfig) -> None:
+        self._images = torch.from_numpy(data.images_NCHW)
+        self._labels = data.labels_N
+        policy = [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)] if config.policy != "none" else []
+        self._transform = v2.Compose(
+            [
+                v2.RandomCrop(32, padding=4),
+                v2.RandomHorizontalFlip(),
+                *policy,
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [0.25] * 3),
+                v2.RandomErasing(p=1.0, scale=(1 / 16, 1 / 16), ratio=(1.0, 1.0)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._images) * 6 // 7
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(self._images[index]), int(self._labels[index])
+
+
+def the_input_part(rounds: int, num_images: int) -> None:
+    """Print the input part's images/s against a DataLoader's in the same process, mixup and cutout on both sides."""
+    split_images = noise(num_images)
+    data = ResidentImages.on("cpu", split_images)
+    print("the input part alone: batches ready for the network, in one process")
+    for what, config in (("crop, flip, cutout, mixup", USUAL), ("the same and AutoAugment", POLICY)):
+        loader = DataLoader(PerImage(split_images, config), batch_size=BATCH, shuffle=True, drop_last=True)
+        mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=100)
+        epoch = 0
+
+        def ours(config: TrainConfig = config) -> None:
+            nonlocal epoch
+            epoch += 1
+            for _ in data.batches(config, epoch=epoch, image_size=32):
+                pass
+
+        def theirs(loader: DataLoader[tuple[torch.Tensor, int]] = loader, mixup: nn.Module = mixup) -> None:
+            for images, labels in loader:
+                mixup(images, labels)
+
+        seconds = in_turns({"DataLoader": theirs, "ours": ours}, rounds=rounds)
+        print(
+            f"  {what:26} {ratio(seconds, 'DataLoader', 'ours'):.1f} times as fast "
+            f"({spread(seconds, 'DataLoader', 'ours')}; goal 10): "
+            f"{rate(seconds, 'ours', images=num_images):,.0f} against "
+            f"{rate(seconds, 'DataLoader', images=num_images):,.0f} images/s",
+            flush=True,
+        )
+
+
+def each_switch(rounds: int, steps: int) -> None:
+    """Print what each execution switch does to small_cnn's training, alone."""
+    data = ResidentImages.on("cpu", noise(steps * BATCH))
+    plain = replace(USUAL, backbone="efficient200k")
+    alternatives = {"plain": training(plain, data)}
+    alternatives |= {name: training(plain.having(changes), data) for name, changes in SWITCHES.items()}  # type: ignore[arg-type]
+    seconds = in_turns(alternatives, rounds=rounds)
+    print("one switch alone, efficient200k: speed relative to plain")
+    for name in SWITCHES:
+        print(f"  {name:24} {ratio(seconds, 'plain', name):.3f} ({spread(seconds, 'plain', name)})", flush=True)
+
+
+def each_backbone(rounds: int) -> None:
+    """Print the images/s of training the backbones that a CPU can train."""
+    print("images/s in training, 32x32, 100 classes")
+    for backbone in LIGHT:
+        steps = 8 if backbone in {"small_cnn", "efficient200k"} else 2
+        data = ResidentImages.on("cpu", noise(steps * BATCH))
+        seconds = in_turns({"training": training(replace(USUAL, backbone=backbone), data)}, rounds=rounds)
+        print(f"  {backbone:20} {rate(seconds, 'training', images=steps * BATCH):,.0f}", flush=True)
+
+
+def share_of_evaluation(rounds: int, num_images: int) -> None:
+    """Print what share of a search's epochs, at CIFAR-100's proportions, evaluation takes between rungs."""
+    data = ResidentImages.on("cpu", noise(num_images, val_fraction=0.1))
+    config = replace(USUAL, backbone="small_cnn", val_fraction=0.1)
+    state = TrainState(config, data)
+    seconds = in_turns({"epoch": lambda: train_epoch(config, data, state)}, rounds=rounds)
+    in_training = [result.epoch_seconds for result in state.results[1:]]
+    shares = [1 - trained / whole for trained, whole in zip(in_training, seconds["epoch"], strict=True)]
+    print(f"evaluation takes {min(shares):.3f} to {max(shares):.3f} of an epoch (small_cnn, a tenth held out)")
+
+
+def main() -> None:
+    """Run every part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that everything runs")
+    quick = parser.parse_args().quick
+    prepare_process(threads=1)
+    print(f"{machine('cpu')}; {versions()}")
+    rounds, steps = (1, 2) if quick else (7, 12)
+    against_the_bare_loop(rounds, steps)
+    the_input_part(rounds, steps * BATCH * 2)
+    each_switch(1 if quick else 3, steps)
+    each_backbone(1 if quick else 3)
+    share_of_evaluation(rounds, 10 * steps * BATCH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The verdict on regularization: its rule at hand-made figures, and on networks trained to deserve each one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from results.diagnosis import regularization_verdict
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages, subsample_train
+from trainables.loop import train
+from trainables.resident import ResidentImages
+
+ACCURACY = st.floats(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("train_accuracy", "clean", "val", "verdict"),
+    [
+        # ResNet44V2's published end, a gap of 25 points: 25 of 30 points of error are gap, and training is easier.
+        (0.95, 0.95, 0.70, "under-regularized"),
+        # Mixed images keep training harder than validation, and plain ones are fitted.
+        (0.60, 0.99, 0.82, "balanced"),
+        # "Validation above training" with plain images fitted no better: 3 of 38 points of error are gap.
+        (0.45, 0.65, 0.62, "over-regularized"),
+        # The same accuracies with nothing that makes training harder.
+        (0.63, 0.65, 0.62, "underfit"),
+        # Hardly any error left, hardly any gap.
+        (0.97, 0.98, 0.975, "balanced"),
+        (1.0, 1.0, 1.0, "balanced"),
+        (0.5, 0.6, None, None),
+    ],
+)
+def test_verdicts_of_typical_trainings(
+    train_accuracy: float, clean: float, val: float | None, verdict: str | None
+) -> None:
+    found = regularization_verdict(train_accuracy=train_accuracy, clean_train_accuracy=clean, val_accuracy=val)
+    assert found == verdict
+
+
+@given(ACCURACY, ACCURACY, ACCURACY)
+def test_validation_above_plain_training_never_means_too_little_regularization(a: float, b: float, c: float) -> None:
+    clean, val = sorted((a, b))
+    verdict = regularization_verdict(train_accuracy=c, clean_train_accuracy=clean, val_accuracy=val)
+    assert verdict != "under-regularized"
+
+
+@given(ACCURACY, ACCURACY, st.floats(0, 0.999))
+def test_the_gap_alone_decides_between_fitting_too_well_and_not_fitting(train: float, clean: float, val: float) -> None:
+    verdict = regularization_verdict(train_accuracy=train, clean_train_accuracy=clean, val_accuracy=val)
+    gap_share = (clean - val) / (1 - val)
+    if verdict in {"over-regularized", "underfit"}:
+        assert gap_share < 0.25
+    if verdict == "under-regularized":
+        assert gap_share >= 0.5 or math.isclose(gap_share, 0.5)
+
+
+PLAIN = TrainConfig(max_epochs=12, batch_size=32, lr=0.05, crop_padding=0, flip=False, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fraction", "verdict"),
+    [
+        ({"max_epochs": 25}, 0.04, "under-regularized"),
+        ({"mixup_alpha": 5.0, "label_smoothing": 0.3, "dropout": 0.9, "lr": 0.005}, 0.25, "over-regularized"),
+        ({"lr": 1e-3, "max_epochs": 5}, 0.5, "underfit"),
+    ],
+)
+def test_a_network_gets_the_verdict_it_was_trained_to_deserve(
+    changes: dict[str, object], fraction: float, verdict: str, digits: SplitImages
+) -> None:
+    data = ResidentImages.on("cpu", subsample_train(digits, fraction))
+    last = list(train(replace(PLAIN, **changes), data))[-1]
+    figures = (last.train_accuracy, last.clean_train_accuracy, last.val_accuracy)
+    found = regularization_verdict(
+        train_accuracy=last.train_accuracy,
+        clean_train_accuracy=last.clean_train_accuracy,
+        val_accuracy=last.val_accuracy,
+    )
+    assert found == verdict, figures

@@ -1,0 +1,114 @@
+"""On a GPU: captured steps equal eager ones, nothing waits inside an epoch, half precision, memory that runs out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from results.schema import SelectPredictions, UsageError
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+from trainables.evaluation import predictions
+from trainables.loop import TrainState, train
+from trainables.resident import ResidentImages
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+
+SMALL = TrainConfig(
+    max_epochs=2, batch_size=64, lr=0.05, crop_padding=1, mixup_alpha=0.5, label_smoothing=0.1, precision="float32"
+)
+PLAIN = {"compile": False, "cuda_graph": False}
+
+
+@pytest.fixture(scope="module")
+def on_gpu(digits: SplitImages) -> ResidentImages:
+    return ResidentImages.on("cuda", digits)
+
+
+def logits_of(config: TrainConfig, data: ResidentImages, state: TrainState | None = None) -> np.ndarray:
+    state = TrainState(config, data) if state is None else state
+    for _ in train(config, data, state=state):
+        pass
+    return predictions(state.best_model(), data, SelectPredictions, precision="float32").logits_NC.astype(float)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_captured_step_trains_as_an_eager_one(optimizer: str, on_gpu: ResidentImages) -> None:
+    config = replace(SMALL, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 1e-3)
+    eager = logits_of(replace(config, **PLAIN), on_gpu)  # type: ignore[arg-type]
+    captured = logits_of(replace(config, compile=False, cuda_graph=True), on_gpu)
+    assert np.abs(captured - eager).max() < 0.1
+
+
+def test_training_on_a_gpu_and_on_a_cpu_agree(on_gpu: ResidentImages, digits: SplitImages) -> None:
+    config = replace(SMALL, max_epochs=1, **PLAIN)  # type: ignore[arg-type]
+    assert np.abs(logits_of(config, on_gpu) - logits_of(config, ResidentImages.on("cpu", digits))).max() < 0.1
+
+
+def test_a_second_trial_compiles_and_captures_nothing(on_gpu: ResidentImages) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    first = replace(SMALL, compile=True, cuda_graph=True, dropout=0.3, weight_decay=1e-2)
+    state = TrainState(first, on_gpu)
+    logits_of(first, on_gpu, state)
+    compiled, graphs = counters["stats"]["unique_graphs"], dict(state.learner._graphs or {})
+    second = replace(first, dropout=0.0, weight_decay=1e-4, mixup_alpha=0.0, label_smoothing=0.0, lr=0.01, seed=4)
+    reused = TrainState(second, on_gpu, learner=state.learner)
+    logits = logits_of(second, on_gpu, reused)
+    assert reused.learner is state.learner
+    assert counters["stats"]["unique_graphs"] == compiled == 1
+    assert dict(state.learner._graphs or {}) == graphs
+    assert np.abs(logits - logits_of(replace(second, **PLAIN), on_gpu)).max() < 0.1  # type: ignore[arg-type]
+
+
+def test_a_resumed_captured_run_equals_one_never_stopped(on_gpu: ResidentImages) -> None:
+    config = replace(SMALL, max_epochs=3, compile=False, cuda_graph=True, ema_decay=0.9)
+    whole = logits_of(config, on_gpu)
+    begun = TrainState(config, on_gpu)
+    next(train(config, on_gpu, state=begun))
+    resumed = TrainState(config, on_gpu)
+    resumed.load_state_dict(begun.state_dict())
+    assert np.abs(logits_of(config, on_gpu, resumed) - whole).max() < 0.1
+
+
+@pytest.mark.parametrize("policy", ["none", "autoaugment_cifar10", "trivialaugment"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_nothing_waits_for_the_gpu_inside_an_epoch(policy: str, on_gpu: ResidentImages) -> None:
+    config = replace(SMALL, policy=policy, cutout_size=2, cutmix_alpha=1.0, ema_decay=0.9, gradient_clip=1.0, **PLAIN)  # type: ignore[arg-type]
+    learner = TrainState(config, on_gpu).learner
+    learner.begin_epoch()
+    batches = on_gpu.batches(config, epoch=1, image_size=on_gpu.split.image_size)
+    learner.step(*next(batches), lr=0.01)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, targets in batches:
+            learner.step(images, targets, lr=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_half_precision_learns(precision: str, cuda_graph: bool, on_gpu: ResidentImages) -> None:
+    config = replace(SMALL, max_epochs=6, precision=precision, compile=False, cuda_graph=cuda_graph, mixup_alpha=0.0)
+    results = list(train(config, on_gpu))
+    assert results[-1].clean_train_accuracy > 0.7
+    assert results[-1].train_loss < results[0].train_loss
+
+
+def test_a_batch_that_does_not_fit_says_which_would(digits: SplitImages) -> None:
+    """64 such images have activations of 4 GiB and more a layer; the tensor of the images alone fits anywhere."""
+    free, _ = torch.cuda.mem_get_info()
+    side = 512
+    per_image = 32 * side * side * 4
+    count = min(65_536, int(1.5 * free / per_image))
+    images = np.zeros((count, 1, side, side), np.uint8)
+    few = replace(digits, images_NCHW=images, labels_N=np.arange(count) % 10, train=np.arange(count))
+    few = replace(few, select=digits.select[:0], estimate=digits.estimate[:0], test=digits.test[:0])
+    config = replace(SMALL, batch_size=count, max_epochs=1, crop_padding=0, mixup_alpha=0.0, **PLAIN)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=rf"batch_size={count} does not fit in \d+ GiB of GPU memory; \d+ would"):
+        list(train(config, ResidentImages.on("cuda", few)))
