@@ -19,25 +19,15 @@ import pandas as pd
 import torch
 
 from results.schema import TestPredictions
-from trainables.config import TrainConfig
 from trainables.datasets import load_dataset
-from trainables.loop import ResidentImages, TrainState, predictions, train
+from trainables.evaluation import predictions
+from trainables.loop import TrainState, train
+from trainables.process import prepare_process
+from trainables.recipes import RECIPES
+from trainables.resident import ResidentImages
 from trainables.validation import accuracy, log_softmax, nll
 
-CONFIG = TrainConfig(
-    dataset="cifar100",
-    backbone="resnet44v2",
-    val_fraction=0.0,
-    max_epochs=100,
-    batch_size=128,
-    lr=0.1,
-    warmup_epochs=0.0,
-    nesterov=False,
-    weight_decay=5e-4,
-    decay_norm_and_bias=True,
-    dropout=0.1,
-    seed=0,
-)
+CONFIG = RECIPES["resnet44v2"].config
 
 
 def main() -> None:
@@ -49,7 +39,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare_process(threads=args.threads)
     data = ResidentImages.on(args.device, load_dataset(CONFIG.dataset, data_dir=args.data_dir, val_fraction=0.0))
     state = TrainState(CONFIG, data)
     rows = []

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from results.schema import SelectPredictions, UsageError
 from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, split
-from trainables.evaluation import VIEWS, predict, predictions
+from trainables.evaluation import VIEWS, folded, predict, predictions
 from trainables.learner import Learner, check_trainable, structure
 from trainables.loop import TrainState, train
 from trainables.memory import PROBES, largest_batch
@@ -203,6 +203,22 @@ def test_shifted_views_move_by_one_pixel() -> None:
     _, _, down_right, up_left, *_ = VIEWS["flip_shift"](image)
     assert torch.equal(down_right[0, 0, 1:, 1:], image[0, 0, :2, :2])
     assert torch.equal(up_left[0, 0, :2, :2], image[0, 0, 1:, 1:])
+
+
+@pytest.mark.parametrize("backbone", ["small_cnn", "efficient200k", "mobilenet_v3_small", "resnet18"])
+def test_norms_folded_into_convolutions_change_no_prediction(backbone: str, noise_images: SplitImages) -> None:
+    data = ResidentImages.on("cpu", noise_images)
+    state = TrainState(replace(SMALL, backbone=backbone, batch_size=16), data)
+    next(train(replace(SMALL, backbone=backbone, batch_size=16), data, state=state))
+    model = state.learner.model.eval()
+    images = next(data.evaluation_batches(noise_images.select))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = folded(model)
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules()) for net in (model, network)]
+    assert norms[1] < norms[0]
+    with torch.no_grad():
+        assert torch.allclose(network(images), model(images), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_multiply_adds_of_a_linear_layer_are_its_weights() -> None:

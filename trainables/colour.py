@@ -1,6 +1,6 @@
 """Colour operations on batches of uint8 images, each image with its own level; as torchvision's operators.
 
-An operation takes images [S, H, W, C] and levels [S] (float64; see `policies.Operations`) and returns new images.
+An operation takes images [S, H, W, C] and levels [S] (float32; see `policies.Operations`) and returns new images.
 Grey images (C = 1) have no saturation and no hue: these operations are the identity there.
 
 Shape suffixes: S images, H height, W width, C channels, P pixels (H x W), V the 256 values of a pixel.

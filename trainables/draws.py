@@ -35,7 +35,7 @@ def generator(config: TrainConfig, *, epoch: int, stream: int) -> np.random.Gene
 
 @dataclass(frozen=True)
 class Group:
-    """The images of one step that get one operation: rows of the batch, and float64 values, a row for each."""
+    """The images of one step that get one operation: rows of the batch, and float32 values, a row for each."""
 
     index_S: Tensor
     values_SX: Tensor
@@ -63,7 +63,7 @@ class Grouped:
         num_keys = len(kind_E) // batch_size * kinds
         return cls(
             index_R=torch.from_numpy(rows_R % batch_size).to(device),
-            values_RX=torch.from_numpy(values_EX[rows_R].astype(np.float64)).to(device),
+            values_RX=torch.from_numpy(values_EX[rows_R].astype(np.float32)).to(device),
             bounds=np.searchsorted(key_R, np.arange(num_keys + 1)).tolist(),
             kinds=kinds,
         )
