@@ -38,6 +38,8 @@ class SearchPlan:
             raise UsageError(f"--halving {self.halving!r}: wanted one of {', '.join(HALVINGS)}")
         if "seed" in self.overrides:
             raise UsageError("--set seed=...: give --seed, which every training's own seed is derived from")
+        if self.stage == "search" and "monitor" in self.overrides:
+            raise UsageError("--set monitor=...: a search goes by its space's metric; set it in the space")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)

@@ -97,7 +97,8 @@ def drive(
             max_concurrent=args.max_concurrent,
             num_trials=plan.space.budget.num_trials,
         )
-        check_all_configurations(plan, data, device=resources.device)
+        for config in plan.space.corners():
+            check_trainable(config, data, device=resources.device)
         if experiment is None:
             experiment = driver.begin(args, plan, data, name=experiment_name(args, plan))
             stack.enter_context(experiment.driving())
@@ -113,15 +114,6 @@ def drive(
         if ledger.finished:
             experiment.record(ExperimentStopped(at=time.time(), state="finished"))
         return ledger
-
-
-def check_all_configurations(plan: SearchPlan, data: SplitImages, *, device: str) -> None:
-    """Raise UsageError when some trial could not be trained on the data or the device."""
-    base = plan.space.base
-    check_trainable(base, data, device=device)
-    for name, distribution in plan.space.dimensions.items():
-        for choice in getattr(distribution, "choices", ()):
-            check_trainable(base.having({name: choice}), data, device=device)
 
 
 def experiment_name(args: argparse.Namespace, plan: SearchPlan) -> str:

@@ -32,6 +32,7 @@ from search_spaces.space import Budget, NamedSpace, SearchSpace
 from trainables.config import TrainConfig, parse_overrides
 from trainables.datasets import SplitImages
 from trainables.learner import check_trainable
+from trainables.memory import DoesNotFit
 from trainables.process import prepare_process
 from trainables.recipes import RECIPES, recipe_named
 from trainables.trial import images_on, run_trial
@@ -67,7 +68,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         dimensions={},
         baselines=({},),
         budget=Budget(num_trials=1, max_epochs=config.max_epochs),
-        metric=config.monitor,
+        metric=str(overrides.get("monitor", config.monitor)),
     )
     source_hash = hashlib.sha256(repr(sorted(config.to_dict().items())).encode()).hexdigest()[:16]
     return SearchPlan(
@@ -96,7 +97,7 @@ def drive(
     """Train as the experiment's one driver."""
     device = choose_device(args.device)
     check_trainable(plan.space.base, data, device=device)
-    prepare_process(threads=args.threads or len(os.sched_getaffinity(0)))
+    prepare_process(threads=args.threads or torch.get_num_threads())
     with ExitStack() as stack:
         stack.enter_context(cli.INTERRUPTS.deferred())
         if experiment is None:
@@ -117,11 +118,17 @@ def drive(
                 cli.INTERRUPTS.check()
 
             files = experiment.files(assignment.trial_id)
-            for result in run_trial(
+            results = run_trial(
                 config, images, files=files, epochs_recorded=assignment.epochs_recorded, on_step=on_step
-            ):
-                ledger.report(assignment.trial_id, result, node=platform.node())
-                shown.epoch(result)
+            )
+            try:
+                for result in results:
+                    ledger.report(assignment.trial_id, result, node=platform.node())
+                    shown.epoch(result)
+            except DoesNotFit as error:
+                ledger.failed(assignment.trial_id, str(error))
+                experiment.record(ExperimentStopped(at=time.time(), state="finished"))
+                raise UsageError(f"{error}; with another --name") from error
         experiment.record(ExperimentStopped(at=time.time(), state="finished"))
     return experiment
 

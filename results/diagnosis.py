@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
+
+from results.schema import Scalar
 
 Verdict = Literal["under-regularized", "balanced", "over-regularized", "underfit"]
 
@@ -10,28 +13,36 @@ MOST = 0.5
 LITTLE = 0.25
 FITTED = 0.95
 LOAD = 0.05
+STRONG_DECAY = 1e-3
 
 
 def regularization_verdict(
-    *, train_accuracy: float, clean_train_accuracy: float, val_accuracy: float | None
+    *,
+    train_accuracy: float,
+    clean_train_accuracy: float,
+    val_accuracy: float | None,
+    progress: float = 0.0,
+    regularized: bool = True,
 ) -> Verdict | None:
     """The verdict on one epoch; None without validation.
 
-    `train_accuracy` is on the augmented and mixed images as trained on, `clean_train_accuracy` on plain training
-    images. "Validation above training" compares the first with validation and says little: the second tells a
-    network that cannot fit its training images from one that is kept from it. Of the validation error, the part that
-    plain training images do not show is the generalization gap:
+    `train_accuracy` is on the augmented and mixed images as trained on, as a share of what mixed labels allow at most;
+    `clean_train_accuracy` is on plain training images. "Validation above training" compares the first with validation
+    and says little: the second tells a network that cannot fit its training images from one that is kept from it. Of
+    the validation error, the part that plain training images do not show is the generalization gap:
 
     - under-regularized: at least half of the validation error is gap, and the images trained on are no harder for the
       network than those of validation: it has learned them by heart.
-    - over-regularized: less than a quarter is gap, plain training images are not fitted (below 95%), and
-      regularization takes five points or more off the accuracy in training: it costs fit and buys nothing.
+    - over-regularized: less than a quarter is gap, plain training images are not fitted (below 95%), and training is
+      harder than plain images by five points or more, by regularization: it costs fit and buys nothing.
     - underfit: the same, but regularization takes less than that: the network is too small, or trained too briefly or
       at a wrong rate.
     - balanced: everything else.
 
-    The thresholds are this project's own. Figures of a few hundred images have an error of about two points, so a
-    verdict near a threshold is not certain.
+    The accuracy in training is a mean over the epoch, so part of the difference to plain images is what was learned
+    meanwhile: `progress`, by how much it grew since the epoch before, is taken off. `regularized`: whether anything
+    was on that could be blamed. The thresholds are this project's own. Figures of a few hundred images have an error of
+    about two points, so a verdict near a threshold is not certain.
     """
     if val_accuracy is None:
         return None
@@ -41,4 +52,19 @@ def regularization_verdict(
         return "under-regularized"
     if gap >= LITTLE * error or clean_train_accuracy >= FITTED:
         return "balanced"
-    return "over-regularized" if clean_train_accuracy - train_accuracy >= LOAD else "underfit"
+    load = clean_train_accuracy - train_accuracy - max(0.0, progress)
+    return "over-regularized" if regularized and load >= LOAD else "underfit"
+
+
+def is_regularized(config: Mapping[str, Scalar]) -> bool:
+    """Whether a configuration makes training harder: by dropout, smoothing, mixing, augmentation or strong decay."""
+    switches = [
+        any(config.get(name) for name in ("dropout", "label_smoothing", "crop_padding", "flip")),
+        any(config.get(name) for name in ("mixup_alpha", "cutmix_alpha", "ricap_beta")),
+        any(config.get(name) for name in ("cutout_size", "erasing_probability", "resized_crop_probability")),
+        any(config.get(name) for name in ("affine_probability", "jitter_probability")),
+        config.get("policy", "none") != "none",
+        config.get("pipeline", "resident") != "resident",
+        float(config.get("weight_decay") or 0) >= STRONG_DECAY,
+    ]
+    return any(switches)

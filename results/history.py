@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from results.diagnosis import regularization_verdict
+from results.diagnosis import is_regularized, regularization_verdict
 from results.events import (
     CheckpointRemoved,
     Decided,
@@ -177,7 +177,7 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         raw_val_accuracy=best.raw_val_accuracy if best else None,
         train_accuracy=best.train_accuracy if best else None,
         clean_train_accuracy=best.clean_train_accuracy if best else None,
-        regularization_verdict=_verdict(best),
+        regularization_verdict=_verdict(trial),
         num_parameters=results[-1].num_parameters if results else None,
         multiply_adds=results[-1].multiply_adds if results else None,
         train_seconds=train_seconds,
@@ -196,13 +196,17 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
     )
 
 
-def _verdict(best: EpochResult | None) -> str | None:
+def _verdict(trial: TrialHistory) -> str | None:
+    best = trial.best
     if best is None:
         return None
+    attained = {e.result.epoch: e.result.train_accuracy / e.result.attainable_train_accuracy for e in trial.epochs}
     return regularization_verdict(
-        train_accuracy=best.train_accuracy,
+        train_accuracy=attained[best.epoch],
         clean_train_accuracy=best.clean_train_accuracy,
         val_accuracy=best.val_accuracy,
+        progress=attained[best.epoch] - attained.get(best.epoch - 1, 0.0),
+        regularized=is_regularized(trial.started.config),
     )
 
 

@@ -96,6 +96,8 @@ class EpochResult:
     peak_memory_bytes: int
     best_epoch: int
     out_of_patience: bool
+    attainable_train_accuracy: float = 1.0
+    """The `train_accuracy` of always naming the heaviest label; below 1 where images are mixed."""
 
     @property
     def diverged(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from optuna.trial import create_trial
 
 from results.schema import Scalar, UsageError
 from trainables.backbones import check_backbone
-from trainables.config import FIELD_TYPES, TrainConfig
+from trainables.config import FIELD_TYPES, INTERLOCKED, TrainConfig
 
 METRICS: dict[str, Literal["max", "min"]] = {"val_accuracy": "max", "val_nll": "min"}
 DATA_FIELDS = ("dataset", "image_size", "train_fraction", "val_fraction", "pipeline")
@@ -78,23 +79,40 @@ class SearchSpace:
             if name in FIXED_FIELDS:
                 raise UsageError(f"dimension {name!r} cannot vary within a search; set it in the base configuration")
             self._check_bounds(name)
+        for _ in self.corners():
+            pass  # each is checked when it is made
         for baseline in self.complete_baselines():
             self.base.having(baseline)  # checks every value
 
     def _check_bounds(self, name: str) -> None:
         """Raise UsageError unless the ends of a dimension, or all its choices, are values the field may have."""
-        distribution = self.dimensions[name]
-        if isinstance(distribution, CategoricalDistribution):
-            values = list(distribution.choices)
-        elif isinstance(distribution, FloatDistribution | IntDistribution):
-            values = [distribution.low, distribution.high]
-        else:
-            raise UsageError(f"dimension {name!r} is {distribution!r}; wanted one of optuna.distributions")
-        for value in values:
+        for value in self._ends(name):
             try:
                 check_backbone(self.base.having({name: value}).backbone)
             except UsageError as error:
                 raise UsageError(f"dimension {name!r} reaches {error}") from error
+
+    def _ends(self, name: str) -> list[Scalar]:
+        """The ends of a dimension, or all its choices."""
+        distribution = self.dimensions[name]
+        if isinstance(distribution, CategoricalDistribution):
+            return list(distribution.choices)
+        if isinstance(distribution, FloatDistribution | IntDistribution):
+            return [distribution.low, distribution.high]
+        raise UsageError(f"dimension {name!r} is {distribution!r}; wanted one of optuna.distributions")
+
+    def corners(self) -> Iterator[TrainConfig]:
+        """Every combination of ends and choices of the dimensions that may be wrong together.
+
+        Raises UsageError for one that makes no sense.
+        """
+        names = [name for name in self.dimensions if name in INTERLOCKED]
+        for values in itertools.product(*(self._ends(name) for name in names)):
+            together = dict(zip(names, values, strict=True))
+            try:
+                yield self.base.having(together)
+            except UsageError as error:
+                raise UsageError(f"dimensions {', '.join(names)} reach {error}") from error
 
     @property
     def mode(self) -> Literal["max", "min"]:

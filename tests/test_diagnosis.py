@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from results.diagnosis import regularization_verdict
+from results.diagnosis import is_regularized, regularization_verdict
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages, subsample_train
 from trainables.loop import train
@@ -59,6 +59,37 @@ def test_the_gap_alone_decides_between_fitting_too_well_and_not_fitting(train: f
         assert gap_share >= 0.5 or math.isclose(gap_share, 0.5)
 
 
+@given(ACCURACY, ACCURACY, ACCURACY)
+def test_without_regularization_nothing_is_over_regularized(train: float, clean: float, val: float) -> None:
+    verdict = regularization_verdict(
+        train_accuracy=train, clean_train_accuracy=clean, val_accuracy=val, regularized=False
+    )
+    assert verdict != "over-regularized"
+
+
+def test_what_was_learned_within_the_epoch_is_not_blamed_on_regularization() -> None:
+    figures = {"train_accuracy": 0.39, "clean_train_accuracy": 0.84, "val_accuracy": 0.81}
+    assert regularization_verdict(**figures) == "over-regularized"
+    assert regularization_verdict(**figures, progress=0.39) == "over-regularized"  # 6 points are left
+    assert regularization_verdict(**figures, progress=0.41) == "underfit"
+
+
+@pytest.mark.parametrize(
+    ("changes", "regularized"),
+    [
+        ({}, False),
+        ({"weight_decay": 5e-4}, False),
+        ({"weight_decay": 1e-2}, True),
+        ({"mixup_alpha": 0.2}, True),
+        ({"policy": "randaugment"}, True),
+        ({"dropout": 0.1}, True),
+        ({"pipeline": "food101"}, True),
+    ],
+)
+def test_what_counts_as_regularization(changes: dict[str, object], regularized: bool) -> None:
+    assert is_regularized(replace(PLAIN, **changes).to_dict()) is regularized
+
+
 PLAIN = TrainConfig(max_epochs=12, batch_size=32, lr=0.05, crop_padding=0, flip=False, weight_decay=0.0)
 
 
@@ -66,7 +97,11 @@ PLAIN = TrainConfig(max_epochs=12, batch_size=32, lr=0.05, crop_padding=0, flip=
     ("changes", "fraction", "verdict"),
     [
         ({"max_epochs": 25}, 0.04, "under-regularized"),
-        ({"mixup_alpha": 5.0, "label_smoothing": 0.3, "dropout": 0.9, "lr": 0.002}, 0.25, "over-regularized"),
+        (
+            {"mixup_alpha": 5.0, "label_smoothing": 0.3, "dropout": 0.9, "lr": 0.002, "max_epochs": 4},
+            1.0,
+            "over-regularized",
+        ),
         ({"lr": 1e-3, "max_epochs": 5}, 0.5, "underfit"),
     ],
 )
@@ -74,11 +109,11 @@ def test_a_network_gets_the_verdict_it_was_trained_to_deserve(
     changes: dict[str, object], fraction: float, verdict: str, digits: SplitImages
 ) -> None:
     data = ResidentImages.on("cpu", subsample_train(digits, fraction))
-    last = list(train(replace(PLAIN, **changes), data))[-1]
-    figures = (last.train_accuracy, last.clean_train_accuracy, last.val_accuracy)
-    found = regularization_verdict(
-        train_accuracy=last.train_accuracy,
-        clean_train_accuracy=last.clean_train_accuracy,
-        val_accuracy=last.val_accuracy,
-    )
-    assert found == verdict, figures
+    *_, before, last = train(replace(PLAIN, **changes), data)
+    figures = {
+        "train_accuracy": last.train_accuracy / last.attainable_train_accuracy,
+        "clean_train_accuracy": last.clean_train_accuracy,
+        "val_accuracy": last.val_accuracy,
+        "progress": last.train_accuracy - before.train_accuracy,
+    }
+    assert regularization_verdict(**figures) == verdict, figures

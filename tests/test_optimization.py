@@ -106,8 +106,8 @@ def test_every_schedule_stays_between_nothing_and_the_peak(
     )
     found = rates(config, steps_per_epoch=7)
     assert all(0 <= rate <= 0.7 * (1 + 1e-9) for rate in found)
-    assert all(math.isfinite(rate) for rate in found)
-    assert found[-1] <= max(found)
+    if schedule != "constant":
+        assert found[-1] == min(found[len(found) // 2 :])  # no schedule ends above where it was
 
 
 def test_the_schedules_are_those_a_config_may_name() -> None:

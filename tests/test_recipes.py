@@ -25,7 +25,14 @@ from trainables.trial import images_on
 
 CIFAR100 = ROOT.parent / "shared" / "data" / "cifar100"
 HEAVY = {"resnet50", "resnet101", "efficientnet_b3", "efficientnet_b4", "convnext_tiny"}
-FEW_STEPS = {"max_epochs": 1, "warmup_epochs": 0.0, "unfreeze_epochs": 0, "batch_size": 16, "lr_batch_size": None}
+FEW_STEPS = {
+    "max_epochs": 1,
+    "patience": 0,
+    "warmup_epochs": 0.0,
+    "unfreeze_epochs": 0,
+    "batch_size": 16,
+    "lr_batch_size": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +109,15 @@ def test_the_list_names_every_recipe_with_cost_and_expectation(command: CommandL
 
 
 def test_a_recipe_is_recorded_as_a_trial_of_stage_single(command: CommandLine, tmp_path: Path) -> None:
-    done = command("orchestrator.train", *QUICK, "--max-epochs", "2", "--results-dir", "runs", "--name", "mine")
+    done = command(
+        "orchestrator.train", *QUICK, "monitor=val_nll", "--max-epochs", "2", "--results-dir", "runs", "--name", "mine"
+    )
     assert done.returncode == 0, done.stderr
     assert "completed after 2 epochs" in done.stdout
     (trial,) = pd.read_parquet(tmp_path / "runs/mine/trials").to_dict("records")
     assert (trial["stage"], trial["origin"], trial["status"]) == ("single", "recipe", "completed")
     assert trial["regularization_verdict"] in done.stdout
+    assert trial["config.monitor"] == "val_nll"
     assert len(pd.read_parquet(tmp_path / "runs/mine/epochs")) == 2
     experiment = Experiment.open(tmp_path / "runs", "mine")
     plain, tta = (experiment.predictions("t00000", TestPredictions, variant=v) for v in ("best", "tta"))
@@ -163,6 +173,7 @@ def test_a_training_killed_and_resumed_equals_one_never_stopped(command: Command
         ((*QUICK, "policy=auto"), "policy='auto': wanted one of none, autoaugment_cifar10"),
         ((*QUICK, "backbone=convnext_tiny", "image_size=4"), "convnext_tiny takes images of 8 pixels or more, not 4"),
         ((*QUICK, "seed=3"), "give --seed"),
+        ((*QUICK, "val_fraction=0", "patience=2"), "patience=2 with val_fraction=0"),
         (("speedrun", "--resume", "--name", "gone"), "there is no experiment 'gone'"),
     ],
 )

@@ -13,11 +13,13 @@ import torch
 
 from results.schema import SelectPredictions, UsageError
 from trainables import loop
-from trainables.config import TrainConfig, parse_overrides
+from trainables.config import CHOICES, TrainConfig, parse_overrides
 from trainables.datasets import LabelledImages, SplitImages, split
-from trainables.evaluation import predict, predictions
+from trainables.evaluation import VIEWS, predict, predictions
 from trainables.loop import TrainState, train
+from trainables.policies import POLICIES
 from trainables.resident import ResidentImages
+from trainables.streaming import PIPELINES
 from trainables.validation import ece, log_softmax, nll
 
 EVERYTHING = TrainConfig(
@@ -187,13 +189,20 @@ def test_logits_beyond_float16_are_clamped(noise_images: SplitImages) -> None:
         ("pipeline=dali", "pipeline='dali': wanted one of resident, efficient200k, food101"),
         ("warmup_epochs=10", "warmup_epochs=10 is more than max_epochs=9; lower the one or raise the other"),
         ("unfreeze_epochs=10", "unfreeze_epochs=10 is more than max_epochs=9"),
+        ("val_fraction=0 patience=5", "patience=5 with val_fraction=0: there is no validation to go by"),
         ("accumulation_steps=65", "leaves parts of a single image of batch_size=128"),
         ("resized_crop_min_ratio=2", "resized_crop_min_ratio=2 is above resized_crop_max_ratio"),
     ],
 )
 def test_wrong_settings_say_what_was_given_and_what_was_wanted(assignment: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        TrainConfig(**parse_overrides([assignment]))
+        TrainConfig(**parse_overrides(assignment.split()))
+
+
+def test_what_a_config_may_name_is_what_there_is() -> None:
+    assert set(CHOICES["policy"]) == {"none", *POLICIES}
+    assert set(CHOICES["test_time_augmentation"]) == set(VIEWS)
+    assert set(CHOICES["pipeline"]) == {"resident", *PIPELINES}
 
 
 def test_settings_are_parsed_by_their_type() -> None:

@@ -34,7 +34,8 @@ class TrainConfig:
 
     batch_size: int = 128
     accumulation_steps: int = 1
-    """Parts in which a batch's gradient is computed, one after the other, to save memory; the update is the batch's."""
+    """Parts in which a batch's gradient is computed, one after the other, to save memory. Batch normalization sees each
+    part alone."""
     optimizer: str = "sgd"
     """`sgd`, `adamw` (Loshchilov & Hutter 2019) or `muon` (Jordan et al. 2024)."""
     lr: float = 0.1
@@ -46,7 +47,7 @@ class TrainConfig:
     schedule: str = "cosine"
     """What follows the warmup: `cosine`, `cosine_restarts`, `one_cycle`, `warmup_stable_decay` or `constant`."""
     warmup_epochs: float = 1.0
-    """Epochs of linear growth from `initial_lr_fraction` of the peak to it."""
+    """Epochs of linear growth from `initial_lr_fraction` of the peak to it; at most half of the training is used."""
     initial_lr_fraction: float = 0.0
     final_lr_fraction: float = 0.0
     restart_epochs: int = 10
@@ -182,6 +183,8 @@ class TrainConfig:
         ):
             if getattr(self, low) > getattr(self, high):
                 raise UsageError(f"{low}={getattr(self, low):g} is above {high}={getattr(self, high):g}")
+        if self.patience and self.val_fraction == 0:
+            raise UsageError(f"patience={self.patience} with val_fraction=0: there is no validation to go by; drop one")
         if self.accumulation_steps > self.batch_size // 2:
             raise UsageError(
                 f"accumulation_steps={self.accumulation_steps} leaves parts of a single image of batch_size="
@@ -301,6 +304,25 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "pipeline": ("resident", "efficient200k", "food101"),
 }
+
+
+INTERLOCKED = (
+    "backbone",
+    "batch_size",
+    "accumulation_steps",
+    "optimizer",
+    "precision",
+    "cuda_graph",
+    "initial_image_size",
+    "warmup_epochs",
+    "unfreeze_epochs",
+    "patience",
+    "resized_crop_min_area",
+    "resized_crop_max_area",
+    "resized_crop_min_ratio",
+    "resized_crop_max_ratio",
+)
+"""The fields that may be right alone and wrong together."""
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:

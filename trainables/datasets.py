@@ -115,7 +115,7 @@ def load_dataset(
     """
     scheme, separator, path = name.partition(":")
     if separator and scheme in PATH_DATASETS:
-        raw = PATH_DATASETS[scheme](Path(path).expanduser(), image_size, resident)
+        raw = PATH_DATASETS[scheme](Path(path).expanduser().absolute(), image_size, resident)
     elif name in DATASETS:
         raw = DATASETS[name](Path(data_dir).expanduser(), image_size)
     else:

@@ -60,7 +60,8 @@ def predict(
     with autocast(precision, data.device):
         for images_NCHW in data.evaluation_batches(indices_N):
             logits_VNC = [
-                network(view.contiguous(memory_format=torch.channels_last)).float() for view in VIEWS[views](images_NCHW)
+                network(view.contiguous(memory_format=torch.channels_last)).float()
+                for view in VIEWS[views](images_NCHW)
             ]
             logits.append(logits_VNC[0] if len(logits_VNC) == 1 else _log_mean_probability(torch.stack(logits_VNC)))
     out_NC = torch.cat(logits).clamp_(-FLOAT16_MAX, FLOAT16_MAX)

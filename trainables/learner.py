@@ -26,7 +26,7 @@ from trainables.mixing import SoftTargets
 from trainables.model import INITIALIZATION_SAMPLE, Classifier, evenly_spread, fresh_model, multiply_adds
 from trainables.optim import MovingAverage, Optimization
 from trainables.precision import autocast, check_execution, resolved
-from trainables.resident import TrainingImages, memory_format
+from trainables.resident import TrainingImages, batch_size_of, memory_format
 
 STRUCTURE = (
     "backbone",
@@ -65,7 +65,7 @@ def check_trainable(config: TrainConfig, split: SplitImages, *, device: str) -> 
             f"initial_image_size={config.initial_image_size} is more than the images' {split.image_size} pixels; "
             f"lower it"
         )
-    batch = min(config.batch_size, len(split.train))
+    batch = batch_size_of(config, split)
     if config.accumulation_steps > batch // 2:
         raise UsageError(
             f"accumulation_steps={config.accumulation_steps} leaves parts of a single image of the {batch} there are; "
@@ -88,7 +88,9 @@ class Learner:
         self.parts = parts(model.backbone)
         self.ema = MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.optimization = Optimization(self.parts, config, device=device)
-        self.label_smoothing, self.loss_sum, self.correct, self.norm_sum = torch.zeros(4, device=device)
+        self.label_smoothing, self.loss_sum, self.correct, self.attainable, self.norm_sum = torch.zeros(
+            5, device=device
+        )
         self._trainable = [p.requires_grad for p in self.model.parameters()]
         self._precision = resolved(config.precision, device)
         self._accumulation_steps = config.accumulation_steps
@@ -99,6 +101,7 @@ class Learner:
         self._loss = _compiled(self._eager_loss) if compiled else self._eager_loss
         captured = on_gpu and not config.unfreeze_epochs if config.cuda_graph is None else config.cuda_graph
         self._graphs: dict[torch.Size, CapturedStep] | None = {} if captured else None
+        self._memory_pool = torch.cuda.graph_pool_handle() if captured else None  # shared: steps never overlap
         self._one_shape = compiled or captured
         self.begin(config, model=None)
 
@@ -145,7 +148,7 @@ class Learner:
 
     def begin_epoch(self) -> None:
         """Set the sums of the epoch's figures to zero, and the model to training."""
-        for figure in (self.loss_sum, self.correct, self.norm_sum):
+        for figure in (self.loss_sum, self.correct, self.attainable, self.norm_sum):
             figure.zero_()
         self.model.train()
 
@@ -158,7 +161,7 @@ class Learner:
             self._step(*batch)
         else:
             if images_BCHW.shape not in self._graphs:
-                self._graphs[images_BCHW.shape] = CapturedStep(self._step)
+                self._graphs[images_BCHW.shape] = CapturedStep(self._step, self._memory_pool)
             self._graphs[images_BCHW.shape](*batch)
         if self.ema is not None:
             self.ema.update(self.model)
@@ -174,6 +177,7 @@ class Learner:
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             self.loss_sum += loss.detach()
             self.correct += correct
+        self.attainable += weights_BK.amax(1).sum()
         self.norm_sum += self.optimization.step(clip=self._clip, scaler=self._scaler)
         if self._scaler is not None:
             self._scaler.update()
@@ -228,8 +232,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 class CapturedStep:
     """A step that runs a few times as it is, is then captured as a CUDA graph, and replayed from there on."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, memory_pool: Any) -> None:
         self._step = step
+        self._memory_pool = memory_pool
+        self._stream = torch.cuda.Stream()
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
@@ -249,14 +255,14 @@ class CapturedStep:
 
     def _run_aside(self, batch: tuple[Tensor, ...]) -> None:
         """What is captured later must have run on a stream of its own before."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._step(*batch)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(tensor.clone() for tensor in batch)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads may use the GPU meanwhile: a loader's pins memory.
+        with torch.cuda.graph(self._graph, pool=self._memory_pool, capture_error_mode="thread_local"):
             self._step(*self._inputs)

@@ -21,6 +21,7 @@ from trainables.evaluation import predict, predictions
 from trainables.learner import Learner
 from trainables.memory import advice_on_memory
 from trainables.model import evenly_spread
+from trainables.precision import seeded
 from trainables.resident import TrainingImages, batch_size_of
 from trainables.schedules import image_size_in, learning_rate, num_frozen_parts
 from trainables.validation import accuracy, ece, log_softmax, nll
@@ -82,15 +83,11 @@ def train(
     `diverged` is true). The last partial batch of an epoch is dropped. `on_step` is called after each step has been
     handed to the device; what it raises ends the training in the middle of the epoch.
 
-    Raises UsageError when a batch does not fit in GPU memory, saying which size would.
+    Raises DoesNotFit when a batch does not fit in GPU memory, saying which size would.
     """
     state = TrainState(config, data) if state is None else state
     while not finished(config, state):
-        try:
-            result = train_epoch(config, data, state, on_step=on_step)
-        except torch.OutOfMemoryError as error:
-            raise advice_on_memory(config, data) from error
-        yield result
+        yield train_epoch(config, data, state, on_step=on_step)
 
 
 def finished(config: TrainConfig, state: TrainState) -> bool:
@@ -106,7 +103,12 @@ def train_epoch(
 ) -> EpochResult:
     """Train one more epoch, evaluate, and remember the weights if they are the best so far."""
     start = time.perf_counter()
-    steps = train_steps(config, data, state, epoch=len(state.results) + 1, on_step=on_step)
+    try:
+        steps = train_steps(config, data, state, epoch=len(state.results) + 1, on_step=on_step)
+    except torch.OutOfMemoryError:
+        steps = None
+    if steps is None:  # outside the handler, whose traceback holds the failed step's activations
+        raise advice_on_memory(config, data)
     epoch_seconds = time.perf_counter() - start
     select = None
     if len(data.split.select):
@@ -116,6 +118,7 @@ def train_epoch(
         lr=steps.lr,
         train_loss=steps.loss,
         train_accuracy=steps.accuracy,
+        attainable_train_accuracy=steps.attainable,
         clean_train_accuracy=_clean_train_accuracy(config, data, state.evaluated),
         **_validation_figures(config, data, state, select),
         grad_norm=steps.grad_norm,
@@ -136,6 +139,7 @@ class StepFigures:
 
     loss: float
     accuracy: float
+    attainable: float
     lr: float
     grad_norm: float
     num_images: int
@@ -156,8 +160,7 @@ def train_steps(
     learner.begin_epoch()
     learner.freeze(num_frozen_parts(epoch, num_parts=len(learner.parts), config=config))
     image_size = image_size_in(epoch, full_size=data.split.image_size, config=config)
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if data.device == "cuda" else []):
-        torch.manual_seed(int(generator(config, epoch=epoch, stream=DROPOUT).integers(2**62)))
+    with seeded(int(generator(config, epoch=epoch, stream=DROPOUT).integers(2**62)), data.device):
         for step, (images_BCHW, targets) in enumerate(data.batches(config, epoch=epoch, image_size=image_size)):
             lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, batch_size=batch_size, config=config)
             learner.step(images_BCHW, targets, lr=lr)
@@ -165,6 +168,7 @@ def train_steps(
     return StepFigures(
         loss=float(learner.loss_sum) / steps,
         accuracy=float(learner.correct) / (steps * batch_size),
+        attainable=float(learner.attainable) / (steps * batch_size),
         lr=lr,
         grad_norm=float(learner.norm_sum) / steps,
         num_images=steps * batch_size,

@@ -17,20 +17,25 @@ PROBES = (8, 24)
 SPARE_SHARE = 0.08  # of the memory, for fragmentation and what a compiled step's first run takes
 
 
-def advice_on_memory(config: TrainConfig, data: TrainingImages) -> UsageError:
+class DoesNotFit(UsageError):
+    """A batch does not fit in a GPU's memory. The message says which would."""
+
+
+def advice_on_memory(config: TrainConfig, data: TrainingImages) -> DoesNotFit:
     """The error that says which batch size would fit, from the memory that two small batches take."""
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    available = free + torch.cuda.memory_reserved() - int(SPARE_SHARE * total)
+    available = free + torch.cuda.memory_reserved() - data.device_bytes - int(SPARE_SHARE * total)
     small, large = (_peak_bytes(config, data, batch_size=size) for size in PROBES)
     fits = largest_batch(small, large, available=available)
     message = f"batch_size={config.batch_size} does not fit in {total / 2**30:.0f} GiB of GPU memory"
     if fits < 2:
-        return UsageError(f"{message}, nor does any other; choose a smaller backbone or image_size")
+        return DoesNotFit(f"{message}, nor does any other; choose a smaller backbone or image_size")
     parts = -(-config.batch_size // fits)
-    return UsageError(
-        f"{message}; {fits} would: --set batch_size={fits}, or --set accumulation_steps={parts} for the same updates"
+    return DoesNotFit(
+        f"{message}; {fits} would: --set batch_size={fits}, or --set accumulation_steps={parts} for updates from as "
+        f"many images"
     )
 
 

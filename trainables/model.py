@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainables.backbones import BACKBONES, initialize_from_images, takes_images
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
+from trainables.precision import seeded
 
 INITIALIZATION_SAMPLE = 5_000
 
@@ -46,8 +47,7 @@ def fresh_model(config: TrainConfig, split: SplitImages, sample: Callable[[], Te
 
     `sample` gives training images [N, C, H, W] in 0 to 255; asked for when a layer is initialized from images.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         backbone = BACKBONES[config.backbone](
             num_classes=split.num_classes,
             dropout=config.dropout,

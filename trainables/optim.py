@@ -74,7 +74,7 @@ def orthogonalized(matrices_LRC: Tensor) -> Tensor:
 class Optimization:
     """The optimizer of a network cut into parts, the last of which is its classifier.
 
-    `decays` are the parameters that weight decay applies to: filters and matrices, and with `decay_norm_and_bias` all.
+    Weight decay applies to filters and matrices, and with `decay_norm_and_bias` to everything.
     """
 
     def __init__(self, parts: Sequence[nn.Module], config: TrainConfig, *, device: str) -> None:
@@ -152,7 +152,11 @@ class Optimization:
         norm = torch.nn.utils.get_total_norm(grads)
         if clip:
             torch._foreach_mul_(grads, (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
-        self._decay()
+        taken = torch.ones_like(norm)
+        if scaler is not None:  # a step whose gradients overflow is not taken
+            taken = norm.isfinite().float()
+            norm = torch.where(taken.bool(), norm, 0.0)
+        self._decay(self.weight_decay * taken)
         for optimizer in self.optimizers:
             if scaler is None:
                 optimizer.step()
@@ -160,14 +164,14 @@ class Optimization:
                 scaler.step(optimizer)
         return norm
 
-    def _decay(self) -> None:
+    def _decay(self, weight_decay: Tensor) -> None:
         """Weight decay: added to SGD's gradients, taken off the weights otherwise (Loshchilov & Hutter 2019)."""
         for group in self._all_groups():
             decayed = [p for p in group["params"] if p.grad is not None] if group["decayed"] else []
             if decayed and self._decoupled:
-                torch._foreach_mul_(decayed, 1 - group["lr"] * self.weight_decay)
+                torch._foreach_mul_(decayed, 1 - group["lr"] * weight_decay)
             elif decayed:
-                torch._foreach_add_([p.grad for p in decayed], torch._foreach_mul(decayed, self.weight_decay))
+                torch._foreach_add_([p.grad for p in decayed], torch._foreach_mul(decayed, weight_decay))
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """The momenta, a dictionary a parameter."""

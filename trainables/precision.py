@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from results.schema import UsageError
@@ -21,6 +24,24 @@ def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which a model's forward pass runs."""
     name = resolved(precision, device)
     return torch.autocast(device, dtype=LOW.get(name, torch.bfloat16), enabled=name in LOW)
+
+
+@contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Draw from torch's generators as seeded, the CPU's and the device's; afterwards they are as they were before."""
+    cuda, mps = device == "cuda", device == "mps"
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+        before = torch.mps.get_rng_state() if mps else None
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        if mps:
+            torch.mps.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if before is not None:
+                torch.mps.set_rng_state(before)
 
 
 def check_execution(config: TrainConfig, device: str) -> None:

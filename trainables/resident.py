@@ -21,7 +21,8 @@ from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.mixing import SoftTargets, mix
 
-EVALUATION_BATCH = 500
+LARGEST_EVALUATION_BATCH = 500
+EVALUATION_PIXELS = 500 * 64 * 64
 
 
 class TrainingImages(Protocol):
@@ -35,6 +36,10 @@ class TrainingImages(Protocol):
     def device(self) -> str:
         """The type of device that batches come on."""
 
+    @property
+    def device_bytes(self) -> int:
+        """What the dataset itself takes of the device's memory."""
+
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """An epoch's augmented batches: float images [B, C, H, W] in 0 to 255, and their targets.
 
@@ -42,12 +47,17 @@ class TrainingImages(Protocol):
         """
 
     def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
-        """Plain float images [<= 500, C, H, W] in 0 to 255, in the order of the indices."""
+        """Plain float images [N, C, H, W] in 0 to 255, in the order of the indices."""
 
 
 def batch_size_of(config: TrainConfig, split: SplitImages) -> int:
     """Images in a step: the configuration's, or all there are."""
     return min(config.batch_size, len(split.train))
+
+
+def evaluation_batch_size(image_size: int) -> int:
+    """Images evaluated at a time: 500 up to 64 pixels a side, fewer of larger ones."""
+    return min(LARGEST_EVALUATION_BATCH, max(1, EVALUATION_PIXELS // image_size**2))
 
 
 def memory_format(config: TrainConfig) -> torch.memory_format:
@@ -86,6 +96,11 @@ class ResidentImages:
         """Where the images are."""
         return self.images_NCHW.device.type
 
+    @property
+    def device_bytes(self) -> int:
+        """See TrainingImages."""
+        return self.images_NCHW.nbytes + self.labels_N.nbytes + self.train_N.nbytes
+
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages."""
         batch_size = batch_size_of(config, self.split)
@@ -115,7 +130,7 @@ class ResidentImages:
     def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
         """See TrainingImages."""
         on_device = torch.from_numpy(np.array(indices_N)).to(self.device)
-        for chunk in on_device.split(EVALUATION_BATCH):
+        for chunk in on_device.split(evaluation_batch_size(self.split.image_size)):
             yield self._gathered(chunk).float()
 
 

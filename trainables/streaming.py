@@ -38,7 +38,7 @@ from trainables.datasets import SplitImages
 from trainables.draws import ORDER, generator
 from trainables.image_files import EncodedImage, Pixels, decode_squares, decode_whole
 from trainables.mixing import MixingDraws, SoftTargets, mix
-from trainables.resident import EVALUATION_BATCH, batch_size_of, memory_format
+from trainables.resident import batch_size_of, evaluation_batch_size, memory_format
 
 # A stream of random numbers of its own, far from those that draws.py counts up from 0.
 PIPELINE = 1000
@@ -180,6 +180,11 @@ class StreamedImages:
         """A dataset whose batches come on a device."""
         return cls(split, torch.device(device).type)
 
+    @property
+    def device_bytes(self) -> int:
+        """See TrainingImages: nothing stays on the device."""
+        return 0
+
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages. Raises UsageError, naming it, for a file that can no longer be read."""
         batch_size = batch_size_of(config, self.split)
@@ -187,6 +192,8 @@ class StreamedImages:
         order_N = generator(config, epoch=epoch, stream=ORDER).permutation(num_images)
         used_E = order_N[: num_images // batch_size * batch_size]
         positions = np.split(used_E, num_images // batch_size)
+        # All labels at once: moving a batch's would make every step wait for the device.
+        labels_E = torch.from_numpy(self.split.labels_N[self.split.train[used_E]]).to(self.device)
         mixing = MixingDraws.draw(
             config,
             epoch=epoch,
@@ -200,7 +207,7 @@ class StreamedImages:
         for step, images_BHWC in enumerate(loader):
             if isinstance(images_BHWC, str):
                 raise UsageError(images_BHWC)
-            labels_B = torch.from_numpy(self.split.labels_N[self.split.train[positions[step]]]).to(self.device)
+            labels_B = labels_E[step * batch_size :][:batch_size]
             images_BCHW = images_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
             images_BCHW, targets = mix(images_BCHW, labels_B, mixing.step(step))
             yield images_BCHW.contiguous(memory_format=memory_format(config)), targets
@@ -229,8 +236,9 @@ class StreamedImages:
     def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
         """See TrainingImages: the short side scaled to the dataset's size, the centre square, decoded in threads."""
         split = self.split
-        for start in range(0, len(indices_N), EVALUATION_BATCH):
-            chunk = indices_N[start : start + EVALUATION_BATCH]
+        size = evaluation_batch_size(split.image_size)
+        for start in range(0, len(indices_N), size):
+            chunk = indices_N[start : start + size]
             if split.encoded is None:
                 pixels_NCHW = split.images_NCHW[chunk]
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import platform
 import signal
@@ -40,6 +41,7 @@ class TuneTrial(tune.Trainable):
         prepare_process(threads=threads)
         self._data = images_on(device, data, config=TrainConfig(**config["train"]))
         self._learner: Learner | None = None
+        self._results: Iterator[EpochResult] = iter(())
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -50,10 +52,12 @@ class TuneTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         train_config = TrainConfig(**config["train"])
         if self._learner is not None and not self._learner.fits(train_config, self._data):
-            self._learner = None  # its memory is free before the next one is made
+            # Its memory is to be free before the next one is made, and a learner is part of a cycle.
+            self._results, self._learner = iter(()), None
+            gc.collect()
         state = TrainState(train_config, self._data, learner=self._learner)
         self._learner = state.learner
-        self._results: Iterator[EpochResult] = run_trial(
+        self._results = run_trial(
             train_config,
             self._data,
             files=TrialFiles(**config["files"]),
