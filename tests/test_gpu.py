@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +13,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from results.schema import SelectPredictions, UsageError
+from tests.conftest import ROOT, command_environment
 from trainables.config import TrainConfig
-from trainables.datasets import SplitImages
+from trainables.datasets import LabelledImages, SplitImages, split
 from trainables.evaluation import predictions
 from trainables.loop import TrainState, train
 from trainables.resident import ResidentImages
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
 SMALL = TrainConfig(
     max_epochs=2, batch_size=64, lr=0.05, crop_padding=1, mixup_alpha=0.5, label_smoothing=0.1, precision="float32"
@@ -36,6 +40,23 @@ def logits_of(config: TrainConfig, data: ResidentImages, state: TrainState | Non
     return predictions(state.best_model(), data, SelectPredictions, precision="float32").logits_NC.astype(float)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu.py"
+    without_ray = "import sys, runpy; sys.modules.update(ray=None, optuna=None); sys.path.insert(0, sys.argv[2])"
+    run = f"{without_ray}; sys.argv = [sys.argv[1], *sys.argv[3:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", run, str(script), str(script.parent), "--output", str(tmp_path / "gpu.parquet")],
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: torch sees no GPU here; run this where it does"
+
+
+@on_a_gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_captured_step_trains_as_an_eager_one(optimizer: str, on_gpu: ResidentImages) -> None:
     config = replace(SMALL, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 1e-3)
@@ -44,11 +65,13 @@ def test_a_captured_step_trains_as_an_eager_one(optimizer: str, on_gpu: Resident
     assert np.abs(captured - eager).max() < 0.1
 
 
+@on_a_gpu
 def test_training_on_a_gpu_and_on_a_cpu_agree(on_gpu: ResidentImages, digits: SplitImages) -> None:
     config = replace(SMALL, max_epochs=1, **PLAIN)  # type: ignore[arg-type]
     assert np.abs(logits_of(config, on_gpu) - logits_of(config, ResidentImages.on("cpu", digits))).max() < 0.1
 
 
+@on_a_gpu
 def test_a_second_trial_compiles_and_captures_nothing(on_gpu: ResidentImages) -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -65,6 +88,7 @@ def test_a_second_trial_compiles_and_captures_nothing(on_gpu: ResidentImages) ->
     assert np.abs(logits - logits_of(replace(second, **PLAIN), on_gpu)).max() < 0.1  # type: ignore[arg-type]
 
 
+@on_a_gpu
 def test_a_resumed_captured_run_equals_one_never_stopped(on_gpu: ResidentImages) -> None:
     config = replace(SMALL, max_epochs=3, compile=False, cuda_graph=True, ema_decay=0.9)
     whole = logits_of(config, on_gpu)
@@ -75,6 +99,7 @@ def test_a_resumed_captured_run_equals_one_never_stopped(on_gpu: ResidentImages)
     assert np.abs(logits_of(config, on_gpu, resumed) - whole).max() < 0.1
 
 
+@on_a_gpu
 @pytest.mark.parametrize("policy", ["none", "autoaugment_cifar10", "trivialaugment"])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu_inside_an_epoch(policy: str, on_gpu: ResidentImages) -> None:
@@ -91,6 +116,7 @@ def test_nothing_waits_for_the_gpu_inside_an_epoch(policy: str, on_gpu: Resident
         torch.cuda.set_sync_debug_mode("default")
 
 
+@on_a_gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_half_precision_learns(precision: str, cuda_graph: bool, on_gpu: ResidentImages) -> None:
@@ -100,15 +126,14 @@ def test_half_precision_learns(precision: str, cuda_graph: bool, on_gpu: Residen
     assert results[-1].train_loss < results[0].train_loss
 
 
+@on_a_gpu
 def test_a_batch_that_does_not_fit_says_which_would(digits: SplitImages) -> None:
-    """64 such images have activations of 4 GiB and more a layer; the tensor of the images alone fits anywhere."""
     free, _ = torch.cuda.mem_get_info()
-    side = 512
-    per_image = 32 * side * side * 4
-    count = min(65_536, int(1.5 * free / per_image))
-    images = np.zeros((count, 1, side, side), np.uint8)
-    few = replace(digits, images_NCHW=images, labels_N=np.arange(count) % 10, train=np.arange(count))
-    few = replace(few, select=digits.select[:0], estimate=digits.estimate[:0], test=digits.test[:0])
-    config = replace(SMALL, batch_size=count, max_epochs=1, crop_padding=0, mixup_alpha=0.0, **PLAIN)  # type: ignore[arg-type]
+    per_image = 32 * 64 * 64 * 4  # bytes of the first convolution's output alone, at half the side in both directions
+    count = int(3 * free / per_image) // 8 * 8
+    labels = np.arange(count) % 10
+    large = LabelledImages(np.zeros((count, 1, 128, 128), np.uint8), labels, 0, digits.class_names)
+    data = ResidentImages.on("cuda", split(large, val_fraction=0.0))
+    config = replace(SMALL, batch_size=count, max_epochs=1, crop_padding=0, mixup_alpha=0.0, flip=False, **PLAIN)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=rf"batch_size={count} does not fit in \d+ GiB of GPU memory; \d+ would"):
-        list(train(config, ResidentImages.on("cuda", few)))
+        list(train(config, data))
