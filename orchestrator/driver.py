@@ -16,7 +16,9 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
 from results.events import ExperimentResumed, ExperimentStopped
+from results.schema import Scalar, UsageError
 from results.store import Experiment
+from trainables.config import parse_overrides
 from trainables.datasets import SplitImages, load_dataset
 
 
@@ -37,6 +39,19 @@ def add_driving_arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_results_dir(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an experiment that exists")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+
+
+def overrides_from(args: argparse.Namespace, *fields: str) -> dict[str, Scalar]:
+    """What `--set` and the flags of single fields set. Raises UsageError for a field set in both ways."""
+    overrides = parse_overrides(args.set)
+    for field in fields:
+        value = getattr(args, field)
+        if value is not None and overrides.get(field, value) != value:
+            flag = f"--{field.replace('_', '-')} {value}"
+            raise UsageError(f"{flag} and --set {field}={overrides[field]} disagree; give one of them")
+        if value is not None:
+            overrides[field] = value
+    return overrides
 
 
 def command_line() -> str:

@@ -124,9 +124,13 @@ def _enough(experiments: dict[str, Experiment], *, k: int, include_stopped: bool
         if not include_stopped:
             more = sum(len(_rows(e, include_stopped=True)) for e in experiments.values()) - len(rows)
             hint = f", or add --include-stopped for {more} more that were stopped early" if more else ""
+        blind = sum(int(e.trials()["val_accuracy"].isna().sum()) for e in experiments.values())
+        if blind:
+            hint += f" (without validation, as with val_fraction=0, a trial cannot be chosen: {blind} have none)"
         kind = "trials" if include_stopped else "completed trials"
         raise UsageError(
-            f"--top-k {k} but only {len(rows)} {kind} in {', '.join(experiments)}; lower it, search longer{hint}"
+            f"--top-k {k} but only {len(rows)} {kind} in {', '.join(experiments)}; lower it, search longer, name more "
+            f"experiments{hint}"
         )
     return Candidates(rows, experiments)
 

@@ -23,10 +23,8 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.searcher import choose_resources, fit, ray_cluster
 from results.events import ExperimentStopped
-from results.schema import Scalar
 from results.store import DEFAULT_RESULTS_DIR, Experiment
 from search_spaces.space import load_space
-from trainables.config import parse_overrides
 from trainables.datasets import SplitImages
 from trainables.learner import check_trainable
 
@@ -65,10 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def plan_from(args: argparse.Namespace) -> SearchPlan:
     """The plan of a new search."""
-    overrides: dict[str, Scalar] = parse_overrides(args.set)
-    for field in ("dataset", "backbone", "train_fraction", "max_epochs"):
-        if getattr(args, field) is not None:
-            overrides[field] = getattr(args, field)
+    overrides = driver.overrides_from(args, "dataset", "backbone", "train_fraction", "max_epochs")
     return SearchPlan(
         source=load_space(args.space),
         overrides=overrides,

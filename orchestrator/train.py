@@ -26,15 +26,16 @@ from orchestrator import cli, driver
 from orchestrator.plan import SearchPlan
 from orchestrator.training_console import TrainingConsole, print_recipes, print_results
 from results.events import ExperimentStopped
-from results.schema import Scalar, UsageError
+from results.schema import UsageError
 from results.store import Experiment
 from search_spaces.space import Budget, NamedSpace, SearchSpace
-from trainables.config import TrainConfig, parse_overrides
+from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.learner import check_trainable
 from trainables.memory import DoesNotFit
 from trainables.process import prepare_process
 from trainables.recipes import RECIPES, recipe_named
+from trainables.resident import WatchedImages
 from trainables.trial import images_on, run_trial
 
 
@@ -58,11 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def plan_from(args: argparse.Namespace) -> SearchPlan:
     """The plan of one training: a search without dimensions, of a single trial."""
     recipe = recipe_named(args.recipe)
-    overrides: dict[str, Scalar] = parse_overrides(args.set)
-    for field in ("dataset", "train_fraction", "max_epochs"):
-        if getattr(args, field) is not None:
-            overrides[field] = getattr(args, field)
+    overrides = driver.overrides_from(args, "dataset", "train_fraction", "max_epochs")
     config = recipe.config
+    config.having(overrides)  # checks them
     space = SearchSpace(
         base=config,
         dimensions={},
@@ -97,6 +96,11 @@ def drive(
     """Train as the experiment's one driver."""
     device = choose_device(args.device)
     check_trainable(plan.space.base, data, device=device)
+    cores = os.cpu_count() or 1
+    if args.threads and args.threads > cores:
+        raise UsageError(
+            f"--threads {args.threads}, but this machine has {cores} cores; more only slow each other down"
+        )
     prepare_process(threads=args.threads or torch.get_num_threads())
     with ExitStack() as stack:
         stack.enter_context(cli.INTERRUPTS.deferred())
@@ -110,7 +114,7 @@ def drive(
         assignment = ledger.next_trial()
         if assignment is not None:
             config = TrainConfig(**assignment.config)  # type: ignore[arg-type]  # written by to_dict
-            images = images_on(device, data, config=config)
+            images = WatchedImages(images_on(device, data, config=config), cli.INTERRUPTS.check)
             shown = stack.enter_context(TrainingConsole(console, config, data, after_epoch=assignment.epochs_recorded))
 
             def on_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -73,9 +74,12 @@ def print_results(console: Console, experiment: Experiment) -> int:
     """How the training ended, and its figures on every split that it has predictions for. Returns the exit status."""
     (trial,) = experiment.history.ended
     row = experiment.history.trial_row(trial)
-    console.print(
-        f"{row['status']} after {row['epochs_trained']} epochs {row['stop_reason']}".rstrip(), highlight=False
-    )
+    if row["status"] == "failed":
+        print(f"error: the training {row['stop_reason']}; lower lr, and give another --name", file=sys.stderr)
+        return cli.FAILED
+    epochs = f"{row['epochs_trained']} epoch{'s' if row['epochs_trained'] > 1 else ''}"
+    why = f" ({row['stop_reason']})" if row["stop_reason"] else ""
+    console.print(f"{row['status']} after {epochs}{why}", highlight=False)
     if row["predictions"]:
         variants = ["best"]
         if trial.started.config.get("test_time_augmentation", "none") != "none":
@@ -95,7 +99,7 @@ def print_results(console: Console, experiment: Experiment) -> int:
     if row["regularization_verdict"]:
         console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
     console.print(f"{experiment.root}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
-    return cli.FAILED if row["status"] == "failed" else cli.DONE
+    return cli.DONE
 
 
 def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:

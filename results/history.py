@@ -34,6 +34,11 @@ from results.schema import (
     instant,
 )
 
+# Accuracies of fewer images, or of a first epoch, say too little of regularization.
+FIRST_JUDGED_EPOCH = 2
+JUDGED_SPLITS = ("train", "select")
+FEWEST_JUDGED = 100
+
 
 @dataclass
 class TrialHistory:
@@ -177,7 +182,7 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         raw_val_accuracy=best.raw_val_accuracy if best else None,
         train_accuracy=best.train_accuracy if best else None,
         clean_train_accuracy=best.clean_train_accuracy if best else None,
-        regularization_verdict=_verdict(trial),
+        regularization_verdict=_verdict(trial, info=info),
         num_parameters=results[-1].num_parameters if results else None,
         multiply_adds=results[-1].multiply_adds if results else None,
         train_seconds=train_seconds,
@@ -196,9 +201,14 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
     )
 
 
-def _verdict(trial: TrialHistory) -> str | None:
+def _verdict(trial: TrialHistory, *, info: dict[str, Any]) -> str | None:
+    """The verdict at a trial's best epoch; None where the figures cannot carry one."""
     best = trial.best
-    if best is None:
+    if (
+        best is None
+        or best.epoch < FIRST_JUDGED_EPOCH
+        or min(info["split_sizes"][s] for s in JUDGED_SPLITS) < FEWEST_JUDGED
+    ):
         return None
     attained = {e.result.epoch: e.result.train_accuracy / e.result.attainable_train_accuracy for e in trial.epochs}
     return regularization_verdict(

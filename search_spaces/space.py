@@ -206,7 +206,9 @@ def load_space(name: str) -> NamedSpace:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()
+        ]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
         raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     space = getattr(module, "SPACE", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
+from orchestrator.train import main
 from results.schema import SelectPredictions, TestPredictions, UsageError
-from results.store import Experiment
+from results.store import Experiment, TrialFiles
 from tests.conftest import ROOT, CommandLine, command_environment
 from trainables.backbones import BACKBONES
+from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
 from trainables.loop import train
 from trainables.recipes import RECIPES, recipe_named
-from trainables.trial import images_on
+from trainables.resident import ResidentImages, WatchedImages
+from trainables.trial import images_on, run_trial
 
 CIFAR100 = ROOT.parent / "shared" / "data" / "cifar100"
 HEAVY = {"resnet50", "resnet101", "efficientnet_b3", "efficientnet_b4", "convnext_tiny"}
@@ -170,6 +174,9 @@ def test_a_training_killed_and_resumed_equals_one_never_stopped(command: Command
         (("speedrun", "--dataset", "digits", "--max-epochs", "1"), "warmup_epochs=2.5 is more than max_epochs=1"),
         (("speedrun", "--dataset", "digits"), "initial_image_size=24 is more than the images' 8 pixels"),
         ((*QUICK, "precision=float16", "--device", "cpu"), "precision=float16 on a CPU"),
+        ((*QUICK, "monitor=val_loss"), "monitor='val_loss': wanted one of val_accuracy, val_nll"),
+        ((*QUICK, "image_size=100000"), "image_size=100000: wanted 1 to 2048"),
+        ((*QUICK, "--threads", "5000"), "--threads 5000, but this machine has"),
         ((*QUICK, "policy=auto"), "policy='auto': wanted one of none, autoaugment_cifar10"),
         ((*QUICK, "backbone=convnext_tiny", "image_size=4"), "convnext_tiny takes images of 8 pixels or more, not 4"),
         ((*QUICK, "seed=3"), "give --seed"),
@@ -178,12 +185,11 @@ def test_a_training_killed_and_resumed_equals_one_never_stopped(command: Command
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_starts(
-    arguments: tuple[str, ...], message: str, command: CommandLine, tmp_path: Path
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = command("orchestrator.train", *arguments)
-    assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert message in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        main(list(arguments))
     assert not (tmp_path / "results").exists()
 
 
@@ -196,3 +202,43 @@ def test_an_experiment_of_a_search_is_not_gone_on_with_as_a_training(command: Co
     again = command("orchestrator.train", *QUICK, "--max-epochs", "1", "--results-dir", "runs", "--name", "mine")
     assert again.returncode == 2
     assert "add --resume to go on with it" in again.stderr
+
+
+def test_a_diverged_training_fails_and_says_what_to_do(command: CommandLine) -> None:
+    done = command("orchestrator.train", *QUICK, "lr=1e30", "--max-epochs", "2")
+    assert done.returncode == 1
+    assert "error: the training diverged at epoch 1; lower lr, and give another --name" in done.stderr
+
+
+def test_a_damaged_resume_file_is_named_with_the_remedy_which_works(tmp_path: Path, digits: SplitImages) -> None:
+    config = TrainConfig(max_epochs=3, batch_size=64, lr=0.05)
+    data = images_on("cpu", digits, config=config)
+    files = TrialFiles(str(tmp_path), "t00000", 0)
+    first = run_trial(config, data, files=files)
+    begun = [next(first), next(first)]
+    files.resume.write_bytes(files.resume.read_bytes()[:3000])
+    with pytest.raises(UsageError, match=r"resume\.pt cannot be read .*; remove it and resume again"):
+        next(run_trial(config, data, files=files, epochs_recorded=2))
+    files.resume.unlink()
+    (last,) = run_trial(config, data, files=files, epochs_recorded=2)
+    assert last.epoch == 3
+    assert last.val_nll == list(train(config, data))[-1].val_nll
+    assert [r.epoch for r in begun] == [1, 2]
+
+
+def test_an_evaluation_can_be_interrupted(digits: SplitImages) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    data = WatchedImages(ResidentImages.on("cpu", digits), stop)
+    with pytest.raises(Stop):
+        next(train(TrainConfig(max_epochs=1, batch_size=64), data))
+
+
+def test_a_flag_and_a_set_that_disagree_are_refused(command: CommandLine) -> None:
+    refused = command("orchestrator.train", "speedrun", "--dataset", "digits", "--set", "dataset=cifar10")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --dataset digits and --set dataset=cifar10 disagree; give one of them\n"

@@ -84,7 +84,7 @@ def test_64_images_can_be_learned_by_heart(backbone: str, digits: SplitImages) -
     few = replace(digits, train=digits.train[:64])
     config = TrainConfig(
         backbone=backbone,
-        max_epochs=25 if backbone == "small_cnn" else 15,
+        max_epochs=25,
         batch_size=16,
         lr=0.05,
         weight_decay=0.0,

@@ -261,10 +261,11 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
     (("train_fraction", "full_size_at"), "a fraction in (0, 1]", lambda x: 0 < x <= 1),
     (("val_fraction",), "a fraction in [0, 1)", lambda x: 0 <= x < 1),
     (
-        ("max_epochs", "image_size", "accumulation_steps", "restart_epochs", "lr_batch_size", "randaugment_num_ops"),
+        ("max_epochs", "accumulation_steps", "restart_epochs", "lr_batch_size", "randaugment_num_ops"),
         "1 or more",
         lambda x: x >= 1,
     ),
+    (("image_size",), "1 to 2048", lambda x: 1 <= x <= 2048),
     (("initial_image_size",), "8 or more", lambda x: x >= 8),
     (("batch_size",), "2 or more: batch normalization needs them", lambda x: x >= 2),
     (("lr", "head_lr_factor"), "a finite number above 0", lambda x: 0 < x < float("inf")),

@@ -21,6 +21,7 @@ from results.schema import DataWarning, FloatArray, IntArray, UsageError
 from trainables.image_files import (
     EncodedImage,
     Pixels,
+    check_memory,
     class_folders,
     decode_all,
     decode_squares,
@@ -218,6 +219,7 @@ def _channel_statistics(data: LabelledImages | SplitImages, train: IntArray) -> 
 def _at_size(data: LabelledImages, image_size: int | None) -> LabelledImages:
     if image_size is None or data.images_NCHW.shape[2] == image_size:
         return data
+    check_memory(len(data.images_NCHW), image_size)
     chunks = torch.from_numpy(data.images_NCHW).split(1000)
     resized = [
         interpolate(chunk.float(), size=image_size, mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()

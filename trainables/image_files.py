@@ -64,7 +64,7 @@ def decode_all(images: Sequence[EncodedImage], *, image_size: int | None) -> tup
     Warns, with a count and names, of images that cannot be read.
     """
     side = image_size or _typical_side(images)
-    _check_memory(len(images), side)
+    check_memory(len(images), side)
     decoded = _in_threads(lambda image: _decode(image, side), images)
     readable, good = _without_unreadable(images, decoded)
     channels = 1 if all(grey for _, grey in good) else 3
@@ -164,7 +164,8 @@ def _without_unreadable(
     return np.array([not isinstance(r, str) for r in results]), good
 
 
-def _check_memory(count: int, side: int) -> None:
+def check_memory(count: int, side: int) -> None:
+    """Raise UsageError when so many images of a side would take more than a quarter of the machine's memory."""
     wanted = count * 3 * side * side
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > available / 4:

@@ -63,7 +63,7 @@ def check_trainable(config: TrainConfig, split: SplitImages, *, device: str) -> 
     if config.initial_image_size is not None and config.initial_image_size > split.image_size:
         raise UsageError(
             f"initial_image_size={config.initial_image_size} is more than the images' {split.image_size} pixels; "
-            f"lower it"
+            f"lower it, or give none"
         )
     batch = batch_size_of(config, split)
     if config.accumulation_steps > batch // 2:

@@ -6,7 +6,7 @@ Shape suffixes: N images, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,6 +132,39 @@ class ResidentImages:
         on_device = torch.from_numpy(np.array(indices_N)).to(self.device)
         for chunk in on_device.split(evaluation_batch_size(self.split.image_size)):
             yield self._gathered(chunk).float()
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedImages:
+    """Images that call `on_evaluation_batch` before each batch of an evaluation, which ends with what it raises."""
+
+    images: TrainingImages
+    on_evaluation_batch: Callable[[], None]
+
+    @property
+    def split(self) -> SplitImages:
+        """See TrainingImages."""
+        return self.images.split
+
+    @property
+    def device(self) -> str:
+        """See TrainingImages."""
+        return self.images.device
+
+    @property
+    def device_bytes(self) -> int:
+        """See TrainingImages."""
+        return self.images.device_bytes
+
+    def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
+        """See TrainingImages."""
+        return self.images.batches(config, epoch=epoch, image_size=image_size)
+
+    def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
+        """See TrainingImages."""
+        for batch in self.images.evaluation_batches(indices_N):
+            self.on_evaluation_batch()
+            yield batch
 
 
 def at_size(images_BCHW: Tensor, side: int) -> Tensor:

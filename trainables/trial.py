@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import nn
 
-from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions
+from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions, UsageError
 from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -47,7 +49,7 @@ def run_trial(
     state = TrainState(config, data) if state is None else state
     stored_epoch = 0  # the best epoch that is on disk, as far as this worker knows
     if files.resume.exists():
-        state.load_state_dict(torch.load(files.resume, map_location=data.device, weights_only=True))
+        state.load_state_dict(_read_resume_file(files.resume, data.device))
         yield from (result for result in state.results if result.epoch > epochs_recorded)
     for result in train(config, data, state=state, on_step=on_step):
         due = result.epoch in rung_epochs or finished(config, state)
@@ -55,7 +57,19 @@ def run_trial(
             save_best(config, state, data, files)
             stored_epoch = result.best_epoch
         files.replace(files.resume, _serialized(state))
-        yield result
+        if result.epoch > epochs_recorded:
+            yield result
+
+
+def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it and resume again: the trial is then "
+            f"trained anew, and its recorded epochs stay"
+        ) from error
+    return state
 
 
 def _serialized(state: TrainState) -> bytes:
