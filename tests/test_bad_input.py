@@ -100,7 +100,8 @@ def test_too_few_completed_trials_offers_the_stopped_ones(tmp_path: Path) -> Non
     assert completed < 9 <= completed + stopped
     with pytest.raises(
         UsageError,
-        match=rf"--top-k 9 but only {completed} completed trials in sim; lower it, search longer, name more experiments, "
+        match=rf"--top-k 9 but only {completed} completed trials in sim; lower it, search longer, "
+        rf"name more experiments, "
         rf"or add --include-stopped for {stopped} more",
     ):
         ensemble.main(["--results-dir", str(tmp_path), "--top-k", "9"])
