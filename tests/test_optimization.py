@@ -106,8 +106,7 @@ def test_every_schedule_stays_between_nothing_and_the_peak(
     )
     found = rates(config, steps_per_epoch=7)
     assert all(0 <= rate <= 0.7 * (1 + 1e-9) for rate in found)
-    if schedule != "constant":
-        assert found[-1] == min(found[len(found) // 2 :])  # no schedule ends above where it was
+    assert found[-1] <= found[-2] * (1 + 1e-9)  # none ends while it rises
 
 
 def test_the_schedules_are_those_a_config_may_name() -> None:
