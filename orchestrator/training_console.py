@@ -33,7 +33,6 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
     def __init__(self, console: Console, config: TrainConfig, data: SplitImages, *, after_epoch: int) -> None:
         self._console = console
         self._max_epochs = config.max_epochs
-        self._steps_per_epoch = len(data.train) // batch_size_of(config, data)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(
             *columns,
@@ -42,7 +41,7 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
             disable=not console.is_terminal,
             refresh_per_second=REDRAWS_PER_SECOND,
         )
-        steps = self._steps_per_epoch
+        steps = len(data.train) // batch_size_of(config, data)
         self._task = self._bar.add_task("steps", total=config.max_epochs * steps, completed=after_epoch * steps)
         self._epochs = 0
         self._started = time.monotonic()
@@ -75,7 +74,8 @@ def print_results(console: Console, experiment: Experiment) -> int:
     (trial,) = experiment.history.ended
     row = experiment.history.trial_row(trial)
     if row["status"] == "failed":
-        print(f"error: the training {row['stop_reason']}; lower lr, and give another --name", file=sys.stderr)
+        advice = row["error"] or f"the training {row['stop_reason']}; lower lr"
+        print(f"error: {advice}; with another --name", file=sys.stderr)
         return cli.FAILED
     epochs = f"{row['epochs_trained']} epoch{'s' if row['epochs_trained'] > 1 else ''}"
     why = f" ({row['stop_reason']})" if row["stop_reason"] else ""

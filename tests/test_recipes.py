@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from orchestrator.train import main
+from orchestrator.training_console import print_results
 from results.schema import SelectPredictions, TestPredictions, UsageError
 from results.store import Experiment, TrialFiles
 from tests.conftest import ROOT, CommandLine, command_environment
+from tests.simulation import ledger_of, new_experiment
 from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
@@ -207,7 +210,7 @@ def test_an_experiment_of_a_search_is_not_gone_on_with_as_a_training(command: Co
 def test_a_diverged_training_fails_and_says_what_to_do(command: CommandLine) -> None:
     done = command("orchestrator.train", *QUICK, "lr=1e30", "--max-epochs", "2")
     assert done.returncode == 1
-    assert "error: the training diverged at epoch 1; lower lr, and give another --name" in done.stderr
+    assert "error: the training diverged at epoch 1; lower lr; with another --name" in done.stderr
 
 
 def test_a_damaged_resume_file_is_named_with_the_remedy_which_works(tmp_path: Path, digits: SplitImages) -> None:
@@ -242,3 +245,16 @@ def test_a_flag_and_a_set_that_disagree_are_refused(command: CommandLine) -> Non
     refused = command("orchestrator.train", "speedrun", "--dataset", "digits", "--set", "dataset=cifar10")
     assert refused.returncode == 2
     assert refused.stderr == "error: --dataset digits and --set dataset=cifar10 disagree; give one of them\n"
+
+
+def test_a_training_that_failed_for_a_reason_of_its_own_says_that_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        ledger.failed(assignment.trial_id, "batch_size=4096 does not fit")
+    assert print_results(Console(), experiment) == 1
+    assert capsys.readouterr().err == "error: batch_size=4096 does not fit; with another --name\n"

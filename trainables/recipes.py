@@ -16,6 +16,8 @@ from results.schema import UsageError
 from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 
+CIFAR_SIDE = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -26,17 +28,15 @@ class Recipe:
     published: str
     differs: str = ""
     num_images: int = 50_000
-    image_size: int = 32
 
     @property
     def multiply_adds(self) -> int:
         """Of one image's forward pass, at full size and 100 classes or so."""
+        side = self.config.image_size or CIFAR_SIDE
         with torch.device("meta"):
-            net = BACKBONES[self.config.backbone](
-                num_classes=100, dropout=0.0, image_size=self.image_size, channels=3
-            ).eval()
+            net = BACKBONES[self.config.backbone](num_classes=100, dropout=0.0, image_size=side, channels=3).eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                net(torch.empty(1, 3, self.image_size, self.image_size))
+                net(torch.empty(1, 3, side, side))
         return int(counter.get_total_flops()) // 2
 
     @property
@@ -242,7 +242,6 @@ RECIPES: dict[str, Recipe] = {
         published="75 to 80%",
         differs=_FOOD101_DIFFERS,
         num_images=FOOD101_IMAGES,
-        image_size=224,
     ),
     "food101_efficientnet_b3": Recipe(
         config=replace(FOOD101, backbone="efficientnet_b3", image_size=300, batch_size=16),
@@ -250,7 +249,6 @@ RECIPES: dict[str, Recipe] = {
         published="82 to 87%",
         differs=_FOOD101_DIFFERS,
         num_images=FOOD101_IMAGES,
-        image_size=300,
     ),
     "food101_efficientnet_b4": Recipe(
         config=replace(FOOD101, backbone="efficientnet_b4", image_size=380, batch_size=8),
@@ -258,7 +256,6 @@ RECIPES: dict[str, Recipe] = {
         published="88 to 93%",
         differs=_FOOD101_DIFFERS,
         num_images=FOOD101_IMAGES,
-        image_size=380,
     ),
     "food101_resnet50": Recipe(
         config=replace(FOOD101, backbone="resnet50"),
@@ -266,7 +263,6 @@ RECIPES: dict[str, Recipe] = {
         published="part of the plan's 95% for the average",
         differs=_FOOD101_DIFFERS,
         num_images=FOOD101_IMAGES,
-        image_size=224,
     ),
     "food101_resnet101": Recipe(
         config=replace(FOOD101, backbone="resnet101", batch_size=16),
@@ -274,7 +270,6 @@ RECIPES: dict[str, Recipe] = {
         published="part of the plan's 95% for the average",
         differs=_FOOD101_DIFFERS,
         num_images=FOOD101_IMAGES,
-        image_size=224,
     ),
     "resnet50_modern": Recipe(
         config=MODERN,

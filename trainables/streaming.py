@@ -1,7 +1,7 @@
 """Images that are decoded and augmented while a model trains, in processes of their own: for datasets that do not
 fit in memory, and for the published albumentations pipelines.
 
-Import this module only where `config.pipeline` is not `resident`: albumentations takes a second to import.
+Import this module only where `config.pipeline` is not `resident`: albumentations is slow to import.
 
 What an image gets is keyed by (seed, epoch, position in the training split), so it does not depend on batches,
 processes or resumption.

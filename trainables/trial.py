@@ -25,7 +25,7 @@ def images_on(device: str, split: SplitImages, *, config: TrainConfig) -> Traini
     """A dataset as the configuration's pipeline has it: resident on the device, or streamed to it."""
     if config.pipeline == "resident":
         return ResidentImages.on(device, split)
-    from trainables.streaming import StreamedImages  # albumentations takes seconds to import
+    from trainables.streaming import StreamedImages  # albumentations is slow to import
 
     return StreamedImages.on(device, split)
 

@@ -60,3 +60,10 @@ def fit_stem(features: nn.Sequential, *, image_size: int, channels: int) -> None
         first.in_channels = channels
         first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
         nn.init.kaiming_normal_(first.weight, mode="fan_out")
+
+
+def initialize_convolutions(net: nn.Module) -> None:
+    """Draw every convolution's weights as He et al. 2015 have it, from the number of outputs."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout
+from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout, initialize_convolutions
 
 STAGES = ((32, 7), (64, 7), (128, 7))  # width and number of blocks
 FOURTH_STAGE = (256, 3)
@@ -54,9 +54,7 @@ def resnet44v2(
             width = outputs
     layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = nn.Sequential(*layers, Dropout(dropout), nn.Linear(width, num_classes))
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    initialize_convolutions(net)
     return net
 
 

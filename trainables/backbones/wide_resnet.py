@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout
+from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout, initialize_convolutions
 from trainables.backbones.preactivation import PreActivationBlock
 
 STEM_WIDTH = 16
@@ -36,9 +36,7 @@ def wide_resnet(
         inputs = width
     layers += [nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = nn.Sequential(*layers, Dropout(dropout), nn.Linear(inputs, num_classes))
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    initialize_convolutions(net)
     return net
 
 
