@@ -114,6 +114,11 @@ def _whole(text: str, *, least: int) -> int:
     return value
 
 
+def fraction_or_zero(text: str) -> float:
+    """An argument type: a fraction in [0, 1]."""
+    return 0.0 if text.strip() in {"0", "0.0"} else _above_zero(text, most=1.0, wanted="a fraction in [0, 1]")
+
+
 def fraction(text: str) -> float:
     """An argument type: a fraction in (0, 1]."""
     return _above_zero(text, most=1.0, wanted="a fraction in (0, 1]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.ledger import Ledger
+from orchestrator.audit import audit, findings
+from orchestrator.ledger import Ledger, is_completed
 from results.history import TrialHistory
 from results.schema import Scalar, Status
 
@@ -100,7 +102,7 @@ class SearchConsole:
 
     def _best_line(self) -> str | None:
         assert self._ledger is not None
-        completed = [t for t in self._ledger.experiment.history.ended if t.ended and t.ended.status == "completed"]
+        completed = [t for t in self._ledger.experiment.history.ended if is_completed(t)]
         if not completed:
             return None
         leader = self._ledger.ranked(completed)[0]
@@ -166,19 +168,50 @@ def print_summary(console: Console, ledger: Ledger) -> None:
     console.print(
         f"{len(ended)} trials: {statuses.count('completed')} done, {statuses.count('pruned')} stopped early, "
         f"{statuses.count('failed')} failed; {origins.count('baseline')} baselines, "
-        f"{origins.count('startup')} random, {origins.count('model')} suggested by TPE's model",
+        f"{origins.count('startup')} random, {origins.count('model')} suggested by TPE's model"
+        + (f", {origins.count('finalist')} finalists" if "finalist" in origins else ""),
         highlight=False,
     )
     names = list(ledger.space.dimensions)
     table = Table(title=f"best by {metric} (validation: the select split)", title_justify="left", box=None)
     for heading in ("trial", metric, "epoch", *names):
         table.add_column(heading, justify="left" if heading == "trial" else "right")
-    completed = [t for t in ended if t.ended and t.ended.status == "completed"]
+    completed = [trial for trial in ended if is_completed(trial)]
     for trial in ledger.ranked(completed)[:LEADERS]:
         assert trial.best is not None
         values = [trial.started.params[name] for name in names]
         shown = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
         table.add_row(trial.trial_id, f"{getattr(trial.best, metric):.4f}", str(trial.best.epoch), *shown)
     console.print(table)
+    for line in finalist_lines(ledger):
+        console.print(Text(line), soft_wrap=True)
     root = ledger.experiment.root
     console.print(f"{root}: {size(ledger.experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
+
+
+def finalist_lines(ledger: Ledger) -> list[str]:
+    """For each configuration trained again with other seeds: what it was chosen for, and what the seeds gave."""
+    metric, trials = ledger.space.metric, ledger.experiment.history.trials
+    repeats: dict[str, list[float]] = {}
+    for trial in trials.values():
+        if trial.started.finalist_of and is_completed(trial) and trial.best:
+            repeats.setdefault(trial.started.finalist_of, []).append(getattr(trial.best, metric))
+    return [
+        f"{trial_id}  {metric} {getattr(trials[trial_id].best, metric):.4f} when chosen; with {len(values)} other "
+        f"seeds {statistics.mean(values):.4f}" + (f" (sd {statistics.stdev(values):.4f})" if len(values) > 1 else "")
+        for trial_id, values in repeats.items()
+    ]
+
+
+def print_audit(console: Console, ledger: Ledger) -> None:
+    """What early stopping did, as far as the controls tell."""
+    if not ledger.halving.rung_epochs:
+        return
+    experiment, space = ledger.experiment, ledger.space
+    trials = experiment.trials()
+    controls = trials["control"] & (trials["status"] == "completed")
+    console.print(f"early stopping, judged by the {controls.sum()} controls it could not stop", highlight=False)
+    judged = space.metric if ledger.halving.judges_average else f"raw_{space.metric}"
+    audits = audit(trials, experiment.epochs(), metric=space.metric, mode=space.mode, judged=judged)
+    for line in findings(audits) or ["not enough data (no controls; raise --control-fraction or --num-trials)"]:
+        console.print(Text(line), soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator import cli
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, Rules
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
 from results.events import ExperimentResumed, ExperimentStopped
@@ -86,7 +86,8 @@ def open_or_check_new(args: argparse.Namespace, plan: SearchPlan, name: str) -> 
         Experiment.check_new(args.results_dir, name)
         return None, plan
     experiment = Experiment.open(args.results_dir, name)
-    given = {key: getattr(args, key, None) for key in ("seed", "halving", "keep_checkpoints")}
+    keys = ("seed", "halving", "keep_checkpoints", "control_fraction", "finalists", "seeds")
+    given = {key: getattr(args, key, None) for key in keys}
     return experiment, resumed(plan, experiment.info, **given)
 
 
@@ -113,13 +114,20 @@ def record_resumption(experiment: Experiment, plan: SearchPlan) -> None:
     changes = {
         "space": {**experiment.info["space"], **plan.space.describe()},
         "keep_checkpoints": plan.keep_checkpoints,
+        "finalists": plan.finalists,
+        "seeds": plan.seeds,
         **provenance(command_line()),
     }
     experiment.record(ExperimentResumed(at=time.time(), changes=changes))
 
 
 def make_ledger(
-    experiment: Experiment, plan: SearchPlan, *, max_concurrent: int, notify: Callable[[], None] = lambda: None
+    experiment: Experiment,
+    plan: SearchPlan,
+    *,
+    max_concurrent: int,
+    max_seconds: float | None = None,
+    notify: Callable[[], None] = lambda: None,
 ) -> Ledger:
     """The ledger of an experiment, standing where its event log ends."""
     space, history = plan.space, experiment.history
@@ -147,8 +155,14 @@ def make_ledger(
         stage=plan.stage,
         proposer=proposer,
         halving=plan.make_halving(),
-        seed=plan.seed,
-        keep_checkpoints=plan.keep_checkpoints,
+        rules=Rules(
+            seed=plan.seed,
+            keep_checkpoints=plan.keep_checkpoints,
+            control_fraction=plan.control_fraction,
+            max_seconds=max_seconds,
+            finalists=plan.finalists,
+            seeds=plan.seeds,
+        ),
         notify=notify,
     )
 

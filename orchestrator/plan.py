@@ -11,13 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.halving import HALVINGS, Halving
+from orchestrator.halving import HALVINGS, Halving, Ladder
 from results.schema import Scalar, Stage, UsageError
 from search_spaces.space import NamedSpace, SearchSpace
 from trainables.backbones import check_backbone
 from trainables.config import ANNOTATIONS
 from trainables.datasets import SplitImages
 
+FIXED = ("seed", "halving", "control_fraction")
 RECORDED_VERSIONS = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "pillow")
 
 
@@ -31,6 +32,9 @@ class SearchPlan:
     seed: int
     halving: str
     keep_checkpoints: int = 10
+    control_fraction: float = 0.0
+    finalists: int = 0
+    seeds: int = 1
     stage: Stage = "search"
 
     def __post_init__(self) -> None:
@@ -43,23 +47,58 @@ class SearchPlan:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)
+        self._check_halving()
+        if self.finalists > self.space.budget.num_trials:
+            raise UsageError(
+                f"--finalists {self.finalists}, but the search has {self.space.budget.num_trials} trials; "
+                f"lower it or raise --num-trials"
+            )
         if self.stage == "search" and self.space.base.val_fraction == 0:
             raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
+
+    def _check_halving(self) -> None:
+        """Raise UsageError where the strategy of early stopping and the space do not fit."""
+        strategy, base, budget = HALVINGS[self.halving], self.space.base, self.space.budget
+        if self.halving != "none" and budget.grace_epochs is not None and budget.grace_epochs >= budget.max_epochs:
+            raise UsageError(
+                f"grace_epochs={budget.grace_epochs} leaves no rung below max_epochs={budget.max_epochs}; lower it, "
+                f"or give --halving none"
+            )
+        if strategy.needs_average and not (base.ema_decay or "ema_decay" in self.space.dimensions):
+            raise UsageError(
+                f"--halving {self.halving} compares moving averages of the weights, and there are none; "
+                f"add --set ema_decay=0.99 (an average over about 100 steps), or choose another --halving"
+            )
+        course = self.make_halving().course
+        if len(course) == 1:
+            return
+        if base.patience or "patience" in self.space.dimensions:
+            raise UsageError(f"--halving {self.halving} has schedules of its own, which patience may not end early")
+        for config in self.space.corners():
+            for leg in course:
+                leg.config(config)
+            falling_from = (1 - config.decay_fraction) * config.max_epochs
+            if any(leg.trunk and falling_from < leg.end for leg in course[:-1]):
+                raise UsageError(
+                    f"--halving {self.halving} wants a constant rate up to its last rung, and it falls from epoch "
+                    f"{falling_from:g} on; lower decay_fraction={config.decay_fraction:g} or raise reduction_factor"
+                )
 
     @property
     def space(self) -> SearchSpace:
         """The space with its overrides."""
         return self.source.space.with_overrides(self.overrides, num_trials=self.num_trials)
 
+    @property
+    def num_trials_in_all(self) -> int:
+        """Trials of the search and finalists."""
+        return self.space.budget.num_trials + self.finalists * self.seeds
+
     def make_halving(self) -> Halving:
         """The strategy of early stopping, in its first state."""
-        space = self.space
-        return HALVINGS[self.halving](
-            grace_epochs=space.budget.grace,
-            max_epochs=space.budget.max_epochs,
-            factor=space.budget.reduction_factor,
-            mode=space.mode,
-        )
+        budget = self.space.budget
+        ladder = Ladder(grace_epochs=budget.grace, max_epochs=budget.max_epochs, factor=float(budget.reduction_factor))
+        return HALVINGS[self.halving](ladder)
 
     def info(self, *, name: str, data: SplitImages, command: str) -> dict[str, Any]:
         """What `experiment.json` records."""
@@ -75,6 +114,9 @@ class SearchPlan:
             "overrides": dict(self.overrides),
             "seed": self.seed,
             "halving": self.halving,
+            "control_fraction": self.control_fraction,
+            "finalists": self.finalists,
+            "seeds": self.seeds,
             "stage": self.stage,
             "keep_checkpoints": self.keep_checkpoints,
             "metric": space.metric,
@@ -92,6 +134,9 @@ def resumed(
     seed: int | None = None,
     halving: str | None = None,
     keep_checkpoints: int | None = None,
+    control_fraction: float | None = None,
+    finalists: int | None = None,
+    seeds: int | None = None,
 ) -> SearchPlan:
     """The plan of an experiment gone on with: what is not given is what it was before.
 
@@ -105,6 +150,9 @@ def resumed(
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
+        control_fraction=info["control_fraction"] if control_fraction is None else control_fraction,
+        finalists=info["finalists"] if finalists is None else finalists,
+        seeds=info["seeds"] if seeds is None else seeds,
         stage=plan.stage,
     )
     if plan.stage != info.get("stage", "search"):
@@ -119,9 +167,7 @@ def resumed(
         )
     new = json.loads(json.dumps(same.space.describe()))
     changes = [
-        *_differences(
-            "", {"seed": info["seed"], "halving": info["halving"]}, {"seed": same.seed, "halving": same.halving}
-        ),
+        *_differences("", {name: info[name] for name in FIXED}, {name: getattr(same, name) for name in FIXED}),
         *_differences("", {k: old[k] for k in new}, new),
     ]
     # Data may have moved, its hash tells whether it is the same; a search may be made longer.

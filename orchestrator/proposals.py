@@ -16,7 +16,7 @@ from results.schema import Scalar
 from results.study import final_value, intermediate_values, open_study, trial_state
 
 MOST_STARTUP_TRIALS = 10
-Origin = Literal["baseline", "recipe", "startup", "model"]
+Origin = Literal["baseline", "recipe", "startup", "model", "finalist"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Proposal:
 
     number: int
     params: dict[str, Scalar]
+    distributions: dict[str, BaseDistribution]
     origin: Origin
 
 
@@ -81,9 +82,14 @@ class Proposer:
         origin: Origin = trial.user_attrs.get("origin", drawn)
         trial.set_user_attr("origin", origin)
         trial.set_user_attr("trial_id", f"t{trial.number:05d}")
-        return Proposal(trial.number, dict(trial.params), origin)
+        return Proposal(trial.number, dict(trial.params), dict(trial.distributions), origin)
 
-    def tell(self, trial: TrialHistory) -> None:
+    def repeat(self, trial: TrialHistory) -> Proposal:
+        """A trial's configuration once more."""
+        self._study.enqueue_trial(dict(trial.started.params), user_attrs={"origin": "finalist"})
+        return self.ask()
+
+    def tell(self, trial: TrialHistory, *, extrapolated: float | None = None) -> None:
         """Tell the study how a trial ended, as DESIGN's table of states says."""
         number = int(trial.trial_id[1:])
         storage = self._study._storage

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator import cli, driver
-from orchestrator.console import SearchConsole, print_summary
+from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
@@ -30,6 +30,8 @@ from trainables.learner import check_trainable
 
 DEFAULT_SEED = 0
 DEFAULT_KEEP_CHECKPOINTS = 10
+DEFAULT_HALVING = "asha"
+DEFAULT_CONTROLS = 0.1
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,7 +50,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--max-concurrent", type=cli.count, help="trials at a time (default: as many as there is room for)"
     )
     parser.add_argument("--seed", type=cli.count_or_zero, help=f"default: {DEFAULT_SEED}")
-    parser.add_argument("--halving", choices=list(HALVINGS), help="early stopping (default: asha)")
+    parser.add_argument("--halving", choices=list(HALVINGS), help=f"early stopping (default: {DEFAULT_HALVING})")
+    parser.add_argument(
+        "--control-fraction",
+        type=cli.fraction_or_zero,
+        metavar="F",
+        help=f"share of the trials that is never stopped, to see what stopping does (default: {DEFAULT_CONTROLS})",
+    )
+    parser.add_argument(
+        "--time-budget", type=cli.positive, metavar="SECONDS", help="of this run; what trains then is stopped"
+    )
+    parser.add_argument(
+        "--finalists",
+        type=cli.count_or_zero,
+        metavar="K",
+        help="train the best K configurations again at the end, to full length (default: 0)",
+    )
+    parser.add_argument(
+        "--seeds", type=cli.count, metavar="S", help="with --finalists: each with S other seeds (default: 1)"
+    )
     parser.add_argument("--cpus-per-trial", type=cli.count, default=1)
     parser.add_argument("--gpus-per-trial", type=cli.positive, help="default: 1 on cuda; fractions share a GPU")
     parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
@@ -69,7 +89,10 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         overrides=overrides,
         num_trials=args.num_trials,
         seed=DEFAULT_SEED if args.seed is None else args.seed,
-        halving=args.halving or "asha",
+        halving=args.halving or DEFAULT_HALVING,
+        control_fraction=DEFAULT_CONTROLS if args.control_fraction is None else args.control_fraction,
+        finalists=args.finalists or 0,
+        seeds=args.seeds or 1,
         keep_checkpoints=DEFAULT_KEEP_CHECKPOINTS if args.keep_checkpoints is None else args.keep_checkpoints,
     )
 
@@ -101,8 +124,14 @@ def drive(
             driver.record_resumption(experiment, plan)
             ended = len(experiment.history.ended)
             console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
-        shown = SearchConsole(console, num_trials=plan.space.budget.num_trials, metric=plan.space.metric)
-        ledger = driver.make_ledger(experiment, plan, max_concurrent=resources.max_concurrent, notify=shown.changed)
+        shown = SearchConsole(console, num_trials=plan.num_trials_in_all, metric=plan.space.metric)
+        ledger = driver.make_ledger(
+            experiment,
+            plan,
+            max_concurrent=resources.max_concurrent,
+            max_seconds=args.time_budget,
+            notify=shown.changed,
+        )
         if not ledger.finished:
             with shown.watching(ledger):
                 fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
@@ -131,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return driver.disk_failed(args, error)
     print_summary(console, ledger)
+    print_audit(console, ledger)
     return conclude(ledger, args, console)
 
 

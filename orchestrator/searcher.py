@@ -62,7 +62,8 @@ class LedgerSearcher(Searcher):
         return {
             "train": assignment.config,
             "files": asdict(self._ledger.experiment.files(assignment.trial_id)),
-            "rung_epochs": self._ledger.halving.rung_epochs,
+            "course": [asdict(leg) for leg in assignment.course],
+            "rung_epochs": assignment.rung_epochs,
             "epochs_recorded": assignment.epochs_recorded,
         }
 

@@ -55,7 +55,11 @@ class ExperimentStopped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted(Event):
-    """`params` are the searched values, `distributions` Optuna's JSON of where each was drawn from."""
+    """`params` are the searched values, `distributions` Optuna's JSON of where each was drawn from.
+
+    `control`: never stopped early, to see what early stopping does. `finalist_of`: the trial whose configuration is
+    trained again with another seed. `strength`: of the regularization within the space, from 0 to 1.
+    """
 
     kind: ClassVar[str] = "trial_started"
     trial_id: str
@@ -65,6 +69,9 @@ class TrialStarted(Event):
     config: dict[str, Scalar]
     params: dict[str, Scalar]
     distributions: dict[str, str]
+    control: bool = False
+    finalist_of: str = ""
+    strength: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,8 @@ class EpochReported(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Decided(Event):
-    """Whether a trial goes on after an epoch: "continue" or "stop". `rung` is null between rungs."""
+    """What follows an epoch: "continue", "stop", "pause" (the trial waits at a rung; another decision on the same epoch
+    follows) or "spared" (it would have been stopped, but is a control). `rung` is null between rungs."""
 
     kind: ClassVar[str] = "decision"
     trial_id: str

@@ -38,6 +38,8 @@ from results.schema import (
 FIRST_JUDGED_EPOCH = 2
 JUDGED_SPLITS = ("train", "select")
 FEWEST_JUDGED = 100
+TIME_BUDGET = "time budget"
+CUT_SHORT = ("error", TIME_BUDGET)
 
 
 @dataclass
@@ -65,8 +67,8 @@ class TrialHistory:
     def best(self) -> EpochResult | None:
         """The epoch behind the trial's weights and predictions; None before the first finite one."""
         finite = [e.result for e in self.epochs if not e.result.diverged]
-        if self.ended is not None and self.ended.stop_reason == "error":
-            # A crash leaves the weights and predictions of the last rung.
+        if self.ended is not None and self.ended.stop_reason in CUT_SHORT:
+            # An end between rungs leaves the weights and predictions of the last rung.
             last_rung = max((d.epoch for d in self.decisions.values() if d.rung is not None), default=0)
             finite = [result for result in finite if result.epoch <= last_rung]
         if not finite:
@@ -168,6 +170,9 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         trial_id=trial.trial_id,
         stage=started.stage,
         origin=started.origin,
+        control=started.control,
+        finalist_of=started.finalist_of,
+        regularization_strength=started.strength,
         status=ended.status,
         stop_reason=ended.stop_reason,
         dataset=str(config["dataset"]),

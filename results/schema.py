@@ -98,6 +98,7 @@ class EpochResult:
     out_of_patience: bool
     attainable_train_accuracy: float = 1.0
     """The `train_accuracy` of always naming the heaviest label; below 1 where images are mixed."""
+    raw_val_nll: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -120,6 +121,7 @@ class EpochRecord:
     val_accuracy: float | None
     val_nll: float | None
     raw_val_accuracy: float | None
+    raw_val_nll: float | None
     grad_norm: float
     epoch_seconds: float
     images_per_second: float
@@ -134,6 +136,9 @@ class TrialRecord:
     trial_id: str
     stage: Stage
     origin: str
+    control: bool
+    finalist_of: str
+    regularization_strength: float | None
     status: Status
     stop_reason: str
     dataset: str

@@ -37,6 +37,7 @@ class Budget:
     max_epochs: int = 9
     grace_epochs: int | None = None
     reduction_factor: float = 3.0
+    max_total_epochs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_trials", "max_epochs", "grace_epochs"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def epoch_result(
         val_nll=nll,
         val_ece=0.1,
         raw_val_accuracy=accuracy,
+        raw_val_nll=nll,
         grad_norm=1.0,
         epoch_seconds=2.0,
         images_per_second=50.0,
@@ -66,16 +67,25 @@ def plan(
     halving: str = "asha",
     keep_checkpoints: int = 10,
     baselines: tuple[dict[str, float], ...] = BASELINES,
+    base: TrainConfig | None = None,
+    grace_epochs: int | None = None,
+    max_total_epochs: int | None = None,
+    **of_plan: Any,
 ) -> SearchPlan:
     """A search over dropout and weight decay, by default with two baselines."""
     space = SearchSpace(
-        base=TrainConfig(),
+        base=base or TrainConfig(),
         dimensions={
             "dropout": FloatDistribution(0.0, 0.5),
             "weight_decay": FloatDistribution(1e-5, 1e-2, log=True),
         },
         baselines=baselines,
-        budget=Budget(num_trials=num_trials, max_epochs=MAX_EPOCHS),
+        budget=Budget(
+            num_trials=num_trials,
+            max_epochs=MAX_EPOCHS,
+            grace_epochs=grace_epochs,
+            max_total_epochs=max_total_epochs,
+        ),
     )
     source = NamedSpace("sim", space, "0" * 16)
     return SearchPlan(
@@ -85,6 +95,7 @@ def plan(
         seed=seed,
         halving=halving,
         keep_checkpoints=keep_checkpoints,
+        **of_plan,
     )
 
 
@@ -109,19 +120,34 @@ def run_search(experiment: Experiment, curve: Curve, *, num_trials: int, concurr
         return ledger
 
 
-def advance(ledger: Ledger, curve: Curve, *, concurrent: int = 2, steps: int | None = None) -> None:
-    """Let trials report in turns, until none is left or `steps` reports were made."""
-    running: list[tuple[Assignment, int]] = []
+def taken_up(ledger: Ledger, first: Sequence[str], *, concurrent: int) -> list[tuple[Assignment, int]]:
+    """The trials that an earlier driver left, in the order in which they are to report."""
+    taken = {}
+    while len(taken) < min(len(first), concurrent) and (assignment := ledger.next_trial()) is not None:
+        taken[assignment.trial_id] = assignment
+    assert sorted(taken) == sorted(first)
+    return [(taken[trial_id], taken[trial_id].epochs_recorded) for trial_id in first]
+
+
+def advance(
+    ledger: Ledger, curve: Curve, *, concurrent: int = 2, steps: int | None = None, first: Sequence[str] = ()
+) -> list[str]:
+    """Let trials report in turns, until none is left or `steps` reports were made; the trials that then train.
+
+    `first`: those that trained when an earlier driver was killed, whose turns come as they would have come.
+    """
+    running = taken_up(ledger, first, concurrent=concurrent)
     made = 0
     while steps is None or made < steps:
         while len(running) < concurrent and (assignment := ledger.next_trial()) is not None:
             running.append((assignment, assignment.epochs_recorded))
         if not running:
-            return
+            return []
         assignment, epoch = running.pop(0)
         made += 1
         if ledger.report(assignment.trial_id, curve(assignment, epoch + 1), node="here"):
             running.append((assignment, epoch + 1))
+    return [assignment.trial_id for assignment, _ in running]
 
 
 def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:

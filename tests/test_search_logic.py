@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from orchestrator.driver import make_ledger
-from orchestrator.halving import HALVINGS, Asha
+from orchestrator.halving import HALVINGS, Asha, Candidate, Halving, Judgement, Ladder
 from results.events import EpochReported, read_events
 from results.schema import EpochResult
 from results.store import Experiment
@@ -37,7 +37,7 @@ from tests.simulation import (
 )
 def test_asha_decides_as_ray_tunes_scheduler_does(grace: int, factor: int, epochs: int, mode: str, seed: int) -> None:
     max_epochs = grace + epochs
-    ours = Asha(grace_epochs=grace, max_epochs=max_epochs, factor=factor, mode=mode)
+    ours = Asha(Ladder(grace_epochs=grace, max_epochs=max_epochs, factor=factor))
     rays = AsyncHyperBandScheduler(
         time_attr="epoch", metric="value", mode=mode, grace_period=grace, max_t=max_epochs, reduction_factor=factor
     )
@@ -54,7 +54,8 @@ def test_asha_decides_as_ray_tunes_scheduler_does(grace: int, factor: int, epoch
         if epoch == max_epochs:
             del running[trial_id]
             continue
-        go_on = ours.judge(trial_id, epoch=epoch, value=value).go_on
+        score = value if mode == "max" else -value
+        go_on = ours.judge(Candidate(trial_id), epoch=epoch, score=score).verdict == "continue"
         assert go_on == (theirs == TrialScheduler.CONTINUE), (trial_id, epoch, value)
         if not go_on:
             del running[trial_id]
@@ -64,23 +65,26 @@ def test_asha_decides_as_ray_tunes_scheduler_does(grace: int, factor: int, epoch
 def test_a_halving_goes_on_as_before_once_told_again_what_it_had_judged(name: str) -> None:
     values = np.random.default_rng(5).random((9, 8))
     told = [(f"t{trial}", epoch + 1, float(values[trial, epoch])) for trial in range(9) for epoch in range(8)]
-    first, second = (HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max") for _ in range(2))
-    for trial_id, epoch, value in told[:40]:
-        first.judge(trial_id, epoch=epoch, value=value)
-        second.judge(trial_id, epoch=epoch, value=value)
-    del first
-    whole = HALVINGS[name](grace_epochs=1, max_epochs=9, factor=3, mode="max")
-    judged = [whole.judge(trial_id, epoch=epoch, value=value) for trial_id, epoch, value in told]
-    assert [second.judge(trial_id, epoch=epoch, value=value) for trial_id, epoch, value in told[40:]] == judged[40:]
+    first, second, other = (HALVINGS[name](LADDER) for _ in range(3))
+
+    def judged(halving: Halving, reports: list[tuple[str, int, float]]) -> list[Judgement]:
+        return [halving.judge(Candidate(t, int(t[1:]) / 8), epoch=e, score=score) for t, e, score in reports]
+
+    decisions = judged(first, told)
+    assert judged(second, told[:40]) == judged(other, told[:40])
+    assert judged(second, told[40:]) == decisions[40:]
     if name == "asha":
-        assert {j.go_on for j in judged[40:]} == {True, False}
+        assert {j.verdict for j in decisions[40:]} == {"continue", "stop"}
+
+
+LADDER = Ladder(grace_epochs=1, max_epochs=9, factor=3)
 
 
 def test_rungs_of_a_short_budget_begin_at_a_third_of_it() -> None:
     assert Budget(max_epochs=9).grace == 3
-    assert Asha(grace_epochs=3, max_epochs=9, factor=3, mode="max").rung_epochs == [3]
-    assert Asha(grace_epochs=1, max_epochs=27, factor=3, mode="max").rung_epochs == [1, 3, 9]
-    assert Asha(grace_epochs=1, max_epochs=5, factor=1.5, mode="max").rung_epochs == [1, 2, 3]
+    assert Ladder(grace_epochs=3, max_epochs=9, factor=3).rungs == [3]
+    assert Ladder(grace_epochs=1, max_epochs=27, factor=3).rungs == [1, 3, 9]
+    assert Ladder(grace_epochs=1, max_epochs=5, factor=1.5).rungs == [1, 2, 3]
     assert Budget(max_epochs=1).grace == 1
 
 

@@ -184,7 +184,7 @@ def _clean_train_accuracy(config: TrainConfig, data: TrainingImages, model: nn.M
 def _validation_figures(
     config: TrainConfig, data: TrainingImages, state: TrainState, select: SelectPredictions | None
 ) -> dict[str, float | None]:
-    names = ("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy")
+    names = ("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy", "raw_val_nll")
     if select is None:
         return dict.fromkeys(names)
     raw = select
@@ -198,6 +198,7 @@ def _validation_figures(
         "val_nll": nll(log_probs_NC, select.labels_N),
         "val_ece": ece(np.exp(log_probs_NC), select.labels_N),
         "raw_val_accuracy": accuracy(raw.logits_NC, raw.labels_N),
+        "raw_val_nll": nll(log_softmax(raw.logits_NC), raw.labels_N),
     }
 
 

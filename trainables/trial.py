@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from collections.abc import Callable, Collection, Iterator
@@ -15,9 +16,11 @@ from torch import nn
 from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions, UsageError
 from results.store import TrialFiles
 from trainables.config import TrainConfig
+from trainables.course import Leg, Progress, whole
 from trainables.datasets import SplitImages
 from trainables.evaluation import predictions
-from trainables.loop import TrainState, finished, train
+from trainables.learner import Learner
+from trainables.loop import TrainState, train_epoch
 from trainables.resident import ResidentImages, TrainingImages
 
 
@@ -35,6 +38,7 @@ def run_trial(
     data: TrainingImages,
     *,
     files: TrialFiles,
+    course: tuple[Leg, ...] = (),
     state: TrainState | None = None,
     rung_epochs: Collection[int] = (),
     epochs_recorded: int = 0,
@@ -44,21 +48,43 @@ def run_trial(
 
     Before an epoch is yielded everything it stands for is on disk: the resume file always, weights and
     predictions when the epoch is a rung or the last. Epochs that an earlier worker finished and nobody
-    recorded are yielded from the resume file. `state`: a fresh one, made from a learner that an earlier trial left.
+    recorded are yielded from the resume file. `course`: the legs of the training, by default the configuration's
+    schedule; epochs count through all of them. `state`: a fresh one, made from a learner that an earlier trial left.
     """
     state = TrainState(config, data) if state is None else state
+    progress = Progress(course or whole(config.max_epochs))
     stored_epoch = 0  # the best epoch that is on disk, as far as this worker knows
     if files.resume.exists():
-        state.load_state_dict(_read_resume_file(files.resume, data.device))
-        yield from (result for result in state.results if result.epoch > epochs_recorded)
-    for result in train(config, data, state=state, on_step=on_step):
-        due = result.epoch in rung_epochs or finished(config, state)
+        saved = _read_resume_file(files.resume, data.device)
+        progress.load_state_dict(saved.pop("progress"))
+        state.load_state_dict(saved)
+        yield from (result for result in progress.results if result.epoch > epochs_recorded)
+    while not progress.finished:
+        if progress.leg_ended:
+            state = _begin_next_leg(config, data, progress, learner=state.learner)
+        leg_config = progress.course[progress.leg].config(config)
+        result = progress.add(train_epoch(leg_config, data, state, on_step=on_step))
+        due = result.epoch in rung_epochs or progress.finished
         if due and state.best_weights and stored_epoch != result.best_epoch:
             save_best(config, state, data, files)
             stored_epoch = result.best_epoch
-        files.replace(files.resume, _serialized(state))
+        if progress.leg_ended and progress.course[progress.leg].trunk:
+            progress.trunk, progress.trunk_numbers = copy.deepcopy(state.state_dict()), list(progress.numbers)
+        files.replace(files.resume, _serialized(state, progress))
         if result.epoch > epochs_recorded:
             yield result
+
+
+def _begin_next_leg(config: TrainConfig, data: TrainingImages, progress: Progress, *, learner: Learner) -> TrainState:
+    """The state at the beginning of a leg: that of the trunk's end, or one from scratch."""
+    progress.leg += 1
+    leg = progress.course[progress.leg]
+    state = TrainState(leg.config(config), data, learner=learner)
+    progress.numbers = []
+    if leg.start:
+        state.load_state_dict(copy.deepcopy(progress.trunk))
+        progress.numbers = list(progress.trunk_numbers)
+    return state
 
 
 def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
@@ -72,9 +98,9 @@ def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
     return state
 
 
-def _serialized(state: TrainState) -> bytes:
+def _serialized(state: TrainState, progress: Progress) -> bytes:
     buffer = io.BytesIO()
-    torch.save(state.state_dict(), buffer)
+    torch.save({**state.state_dict(), "progress": progress.state_dict()}, buffer)
     return buffer.getvalue()
 
 

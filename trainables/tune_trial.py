@@ -17,6 +17,7 @@ from ray import tune
 from results.schema import EpochResult
 from results.store import TrialFiles
 from trainables.config import TrainConfig
+from trainables.course import legs_from
 from trainables.datasets import SplitImages
 from trainables.learner import Learner
 from trainables.loop import TrainState
@@ -61,6 +62,7 @@ class TuneTrial(tune.Trainable):
             train_config,
             self._data,
             files=TrialFiles(**config["files"]),
+            course=legs_from(config["course"]),
             state=state,
             rung_epochs=config["rung_epochs"],
             epochs_recorded=config["epochs_recorded"],
