@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class Ledger:
         self._notify = notify
         self._to_resume: deque[str] = deque()
         self.running: set[str] = set()
+        self._with_weights: list[TrialHistory] = []  # the best first
         self._replay()
 
     def _replay(self) -> None:
@@ -74,6 +76,7 @@ class Ledger:
                 self.halving.judge(event.trial_id, epoch=event.epoch, value=self._value(result))
         for trial in history.ended:
             self.experiment.tidy(trial)
+            self._note_weights(trial)
         for trial in history.unfinished:
             self._record(*self._left_unsaid(trial))
             if trial.ended is None:
@@ -96,7 +99,7 @@ class Ledger:
     @property
     def num_started(self) -> int:
         """Trials of the ledger's stage that have started, whatever became of them."""
-        return sum(trial.started.stage == self._stage for trial in self.experiment.history.trials.values())
+        return self.experiment.history.num_started[self._stage]
 
     @property
     def finished(self) -> bool:
@@ -207,24 +210,30 @@ class Ledger:
     def _after_end(self, trial: TrialHistory) -> None:
         self.running.discard(trial.trial_id)
         self._proposer.tell(trial)
+        self._note_weights(trial)
         self._remove_surplus_checkpoints()
         self.experiment.tidy(trial)
 
+    def _note_weights(self, trial: TrialHistory) -> None:
+        """Put an ended trial that has weights to its place among those that do."""
+        assert trial.ended is not None
+        if trial.ended.has_checkpoint and not trial.checkpoint_removed:
+            bisect.insort(self._with_weights, trial, key=self.rank)
+
     def _remove_surplus_checkpoints(self) -> None:
-        kept = [
-            t for t in self.experiment.history.ended if t.ended and t.ended.has_checkpoint and not t.checkpoint_removed
-        ]
-        for trial in self.ranked(kept)[self._keep_checkpoints :]:
+        surplus = self._with_weights[self._keep_checkpoints :]
+        del self._with_weights[self._keep_checkpoints :]
+        for trial in surplus:
             # The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
             self._record(CheckpointRemoved(at=time.time(), trial_id=trial.trial_id))
             self.experiment.tidy(trial)
 
     def ranked(self, trials: list[TrialHistory]) -> list[TrialHistory]:
-        """The best first: completed ones before all others, then by the metric at the best epoch."""
+        """The best first."""
+        return sorted(trials, key=self.rank)
+
+    def rank(self, trial: TrialHistory) -> tuple[bool, float, int]:
+        """Lower is better: completed trials before all others, then by the metric at the best epoch, then by number."""
         sign = -1.0 if self.space.mode == "max" else 1.0
-
-        def key(trial: TrialHistory) -> tuple[bool, float]:
-            completed = trial.ended is not None and trial.ended.status == "completed"
-            return (not completed, sign * self._value(trial.best) if trial.best else float("inf"))
-
-        return sorted(trials, key=key)
+        completed = trial.ended is not None and trial.ended.status == "completed"
+        return not completed, sign * self._value(trial.best) if trial.best else float("inf"), trial.number
