@@ -7,6 +7,10 @@ The real experiment, ledger, halving and console are driven as a search drives t
 replaying a learning curve drawn with replacement from recorded ones (those of the folder given that were trained to
 their end). What workers would write (a small file for weights, one for predictions) is written between the timed
 calls. Afterwards the experiment is opened, its tables are read and it is taken over as a resume does.
+
+A report's milliseconds are all that the driver did divided by the number of reports, starts and ends of trials
+included. They are divided among the event log (waiting for the disk, mostly), the tables, halving, the sampler with
+its study, and the rest; "cpu" is what of them the processor was busy, which other work on the machine changes least.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from trainables.datasets import LabelledImages, split
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "cifar100_small_cnn"
 CONCURRENT = 8
+PARTS = ("log", "tables", "halving", "sampler")
 Curve = list[EpochResult]
 
 
@@ -74,21 +79,23 @@ def recorded_curves(folder: Path) -> list[Curve]:
 
 
 class Stopwatch:
-    """Seconds spent in each part, and how often it was called."""
+    """Seconds spent in each part, those of the processor among them, and how often it was called."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
+        self.cpu_seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, its time counted as that of a part."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[part] += time.perf_counter() - start
+                self.cpu_seconds[part] += time.process_time() - cpu_start
                 self.calls[part] += 1
 
         return run
@@ -159,9 +166,21 @@ def measure(folder: Path, curves: list[Curve], *, num_trials: int, sampler: str)
         stack.enter_context(console.watching(ledger))
         stack.enter_context(watch.watching())
         drive(ledger, curves, watch)
-    reports, total = watch.calls["report"], watch.seconds["report"] + watch.seconds["next_trial"]
-    parts = {part: watch.seconds[part] for part in ("log", "tables", "halving", "sampler")}
-    parts["rest"] = total - sum(parts.values())
+    reports = watch.calls["report"]
+    per_report = {
+        kind: {part: 1000 * seconds[part] / reports for part in seconds}
+        for kind, seconds in (("wall", watch.seconds), ("cpu", watch.cpu_seconds))
+    }
+    figures: dict[str, float] = {"trials": num_trials, "reports": reports}
+    for kind, parts in per_report.items():
+        whole = parts["report"] + parts["next_trial"]
+        named = {part: parts.get(part, 0.0) for part in PARTS}
+        prefix = "" if kind == "wall" else "cpu "
+        figures[f"{prefix}ms a report"] = whole
+        figures |= {f"{prefix}{part}": value for part, value in named.items()}
+        figures[f"{prefix}rest"] = whole - sum(named.values())
+    figures["ms a trial"] = figures["ms a report"] * reports / num_trials
+    figures["total s"] = figures["ms a report"] * reports / 1000
     read = Experiment.open(folder, name)
     row_seconds = {
         "open s": seconds(lambda: Experiment.open(folder, name)),
@@ -171,15 +190,7 @@ def measure(folder: Path, curves: list[Curve], *, num_trials: int, sampler: str)
     }
     if len(read.trials()) != num_trials or len(read.epochs()) != reports:
         raise RuntimeError(f"{name}: {len(read.trials())} trials and {len(read.epochs())} epochs in the tables")
-    return {
-        "trials": num_trials,
-        "reports": reports,
-        "total s": total,
-        "ms a report": 1000 * total / reports,
-        **{f"{part} ms": 1000 * value / reports for part, value in parts.items()},
-        "ms a trial": 1000 * total / num_trials,
-        **row_seconds,
-    }
+    return figures | row_seconds
 
 
 def main() -> None:
@@ -198,10 +209,11 @@ def main() -> None:
         rows = []
         for num_trials in args.trials:
             rows.append(measure(folder, curves, num_trials=num_trials, sampler=args.sampler))
-            print(pd.DataFrame(rows[-1:]).round(3).T.to_string(header=False), flush=True)
+            print(f"{num_trials} trials: {rows[-1]['total s']:.1f} s", flush=True)
     by_size = sorted(rows, key=lambda row: row["trials"])
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
-    print(f"ms a report, largest to smallest: {by_size[-1]['ms a report'] / by_size[0]['ms a report']:.2f}")
+    print(pd.DataFrame(by_size).set_index("trials").round(3).T.to_string())
+    for figure in ("ms a report", "cpu ms a report"):
+        print(f"{figure}, largest to smallest: {by_size[-1][figure] / by_size[0][figure]:.2f}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from optuna.distributions import distribution_to_json
 
@@ -27,6 +27,7 @@ from results.store import Experiment
 from search_spaces.space import SearchSpace
 
 Ending = tuple[Status, str]
+Rank = tuple[bool, float, int]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Ledger:
         self._notify = notify
         self._to_resume: deque[str] = deque()
         self.running: set[str] = set()
-        self._with_weights: list[TrialHistory] = []  # the best first
+        self._with_weights: list[tuple[Rank, str]] = []  # the best first
         self._replay()
 
     def _replay(self) -> None:
@@ -200,8 +201,31 @@ class Ledger:
         self._notify()
 
     def _record(self, *events: Event) -> None:
+        """Record events and, where trials end with them, the removal of weights that are surplus then.
+
+        The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
+        """
+        surplus = self._surplus_after(events)
         if events:
-            self.experiment.record(*events)
+            self.experiment.record(*events, *(CheckpointRemoved(at=time.time(), trial_id=t) for t in surplus))
+        for trial_id in surplus:
+            self.experiment.tidy(self.experiment.history.trials[trial_id])
+
+    def _surplus_after(self, events: Sequence[Event]) -> list[str]:
+        """The trials whose weights need not be kept any longer once these events have happened."""
+        ends = [event for event in events if isinstance(event, TrialEnded)]
+        for end in ends:
+            trial = self.experiment.history.trials[end.trial_id]
+            reported = [e for e in events if isinstance(e, EpochReported) and e.trial_id == end.trial_id]
+            self._note_weights(replace(trial, epochs=[*trial.epochs, *reported], ended=end))
+        surplus = self._with_weights[self._keep_checkpoints :] if ends else []
+        del self._with_weights[len(self._with_weights) - len(surplus) :]
+        return [trial_id for _, trial_id in surplus]
+
+    def _note_weights(self, trial: TrialHistory) -> None:
+        """Put an ended trial that has weights to its place among those that do."""
+        if trial.ended is not None and trial.ended.has_checkpoint and not trial.checkpoint_removed:
+            bisect.insort(self._with_weights, (self.rank(trial), trial.trial_id))
 
     def _value(self, result: EpochResult) -> float:
         value = getattr(result, self.space.metric)
@@ -210,29 +234,13 @@ class Ledger:
     def _after_end(self, trial: TrialHistory) -> None:
         self.running.discard(trial.trial_id)
         self._proposer.tell(trial)
-        self._note_weights(trial)
-        self._remove_surplus_checkpoints()
         self.experiment.tidy(trial)
-
-    def _note_weights(self, trial: TrialHistory) -> None:
-        """Put an ended trial that has weights to its place among those that do."""
-        assert trial.ended is not None
-        if trial.ended.has_checkpoint and not trial.checkpoint_removed:
-            bisect.insort(self._with_weights, trial, key=self.rank)
-
-    def _remove_surplus_checkpoints(self) -> None:
-        surplus = self._with_weights[self._keep_checkpoints :]
-        del self._with_weights[self._keep_checkpoints :]
-        for trial in surplus:
-            # The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
-            self._record(CheckpointRemoved(at=time.time(), trial_id=trial.trial_id))
-            self.experiment.tidy(trial)
 
     def ranked(self, trials: list[TrialHistory]) -> list[TrialHistory]:
         """The best first."""
         return sorted(trials, key=self.rank)
 
-    def rank(self, trial: TrialHistory) -> tuple[bool, float, int]:
+    def rank(self, trial: TrialHistory) -> Rank:
         """Lower is better: completed trials before all others, then by the metric at the best epoch, then by number."""
         sign = -1.0 if self.space.mode == "max" else 1.0
         completed = trial.ended is not None and trial.ended.status == "completed"

@@ -65,13 +65,19 @@ class Parts:
         for block, members in by_block.items():
             self._write_block(block, members)
 
-    def _write_block(self, block: int, trials: list[TrialHistory]) -> None:
+    def _write_block(self, block: int, trials: Iterable[TrialHistory]) -> None:
+        changed = sorted(trials, key=lambda trial: trial.number)
         before, lengths = self._written.get(block, (self._empty, {}))
-        rows = _by_number(before, lengths)
-        rows.update(_by_number(self._table_of(trials), {trial.number: self._num_rows(trial) for trial in trials}))
-        table = pa.concat_tables([rows[number] for number in sorted(rows)]).combine_chunks()
+        rows = self._table_of(changed)
+        pieces, taken_before, taken = [], 0, 0
+        for trial in changed:
+            start = sum(length for number, length in lengths.items() if number < trial.number)
+            pieces += [before.slice(taken_before, start - taken_before), rows.slice(taken, self._num_rows(trial))]
+            taken_before = start + lengths.get(trial.number, 0)
+            taken += self._num_rows(trial)
+        table = pa.concat_tables([*pieces, before.slice(taken_before)]).combine_chunks() if len(before) else rows
         replace_file(self.path(block), parquet_bytes(table, use_dictionary=False), sync=False)
-        self._written[block] = (table, {number: len(rows[number]) for number in sorted(rows)})
+        self._written[block] = (table, lengths | {t.number: self._num_rows(t) for t in changed})
 
     def rebuild(self, trials: Collection[TrialHistory]) -> None:
         """Write every part anew and remove what is none: a part of an older version goes before its rows come back."""
@@ -81,16 +87,6 @@ class Parts:
                 path.unlink()
         self._written.clear()
         self.write(trials)
-
-
-def _by_number(table: pa.Table, lengths: dict[int, int]) -> dict[int, pa.Table]:
-    """A table cut into pieces of these lengths."""
-    pieces = {}
-    start = 0
-    for number, length in lengths.items():
-        pieces[number] = table.slice(start, length)
-        start += length
-    return pieces
 
 
 class Tables:
