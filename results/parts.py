@@ -7,6 +7,10 @@ is killed, and there is nothing to compact: a file for each trial would be thous
 the place of many in one step. What remains is to write a whole part for one new row, which costs little more than a
 part with that row alone: most of the time goes into the hundred columns, not into the rows.
 
+`schema.parquet` has no rows, comes first and never changes: a reader that looks into the first file before it reads
+them all (polars' lazy frames keep its footer until they are collected) does not find another one in its place. And a
+table that has no rows yet can be read.
+
 Rows of `trials/` are written when a trial ends, after those of its epochs, so who reads a trial and then its epochs
 finds them all. The epochs of running trials are written at most every EPOCHS_SECONDS.
 """
@@ -81,7 +85,10 @@ class Parts:
 
     def rebuild(self, trials: Collection[TrialHistory]) -> None:
         """Write every part anew and remove what is none: a part of an older version goes before its rows come back."""
-        expected = {self.path(trial.number // BLOCK) for trial in trials}
+        schema_path, empty = self._folder / "schema.parquet", parquet_bytes(self._empty)
+        if not schema_path.exists() or schema_path.read_bytes() != empty:
+            replace_file(schema_path, empty, sync=False)
+        expected = {schema_path, *(self.path(trial.number // BLOCK) for trial in trials)}
         for path in part_paths(self._folder):
             if path not in expected:
                 path.unlink()

@@ -267,7 +267,8 @@ class Experiment:
         tables = [schema.empty_table()]
         for part in part_paths(self.root / folder):
             try:
-                tables.append(pq.read_table(part).select(schema.names).cast(schema))
+                with pq.ParquetFile(part) as file:
+                    tables.append(file.read(columns=schema.names).select(schema.names).cast(schema))
             except (pa.ArrowException, OSError, KeyError) as error:
                 warnings.warn(
                     f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
