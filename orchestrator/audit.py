@@ -6,6 +6,7 @@ search proposed. Everything here is computed from the tables `trials/` and `epoc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +14,17 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, spearmanr
 
+CONTROLS = 4  # the stream of randomness that chooses them
 FEWEST = 10
 TERCILES = ("weak", "medium", "strong")
 HURTING_PROBABILITY = 0.1
 LEVEL = 0.95
+
+
+def is_control(number: int, *, share: float, seed: int) -> bool:
+    """Whether the trial of a number is a control: every so-many-th, beginning at a place that the seed decides."""
+    offset = float(np.random.default_rng([seed, CONTROLS]).random())
+    return math.floor((number + 1) * share + offset) > math.floor(number * share + offset)
 
 
 @dataclass(frozen=True, kw_only=True)

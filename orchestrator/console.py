@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.audit import audit, findings
-from orchestrator.ledger import Ledger, is_completed
+from orchestrator.ledger import Ledger
 from results.history import TrialHistory
 from results.schema import Scalar, Status
 
@@ -55,21 +55,22 @@ class SearchConsole:
         self._metric = metric
         self._ledger: Ledger | None = None
         self._started = time.monotonic()
-        self._ended_before = 0
         self._epochs_before = 0
-        self._shown: set[str] = set()
-        self._retries_shown: dict[str, int] = {}
+        self._endings_shown = 0
+        self._retries_shown = 0
+        self._leader: TrialHistory | None = None
         self._best_shown: str | None = None
         self._live: Live | None = None
 
     def watching(self, ledger: Ledger) -> AbstractContextManager[object]:
         """Show a ledger's search for as long as the context lasts."""
         self._ledger = ledger
-        ended = ledger.experiment.history.ended
-        self._shown = {trial.trial_id for trial in ended}
-        self._retries_shown = {t.trial_id: t.retries for t in ledger.experiment.history.trials.values()}
-        self._ended_before = len(ended)
-        self._epochs_before = self._num_epochs()
+        history = ledger.experiment.history
+        self._retries_shown = len(history.retries)
+        self._endings_shown = len(history.endings)
+        for trial in history.endings:
+            self._compare(trial)
+        self._epochs_before = history.num_epochs
         self._started = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2, transient=True)
@@ -81,15 +82,23 @@ class SearchConsole:
         if self._ledger is None:
             return
         history = self._ledger.experiment.history
-        for trial in history.trials.values():
-            if trial.retries > self._retries_shown.get(trial.trial_id, 0):
-                self._retries_shown[trial.trial_id] = trial.retries
-                self._print(f"{trial.trial_id}  its worker failed; going on from the checkpoint")
-        for trial in history.ended:
-            if trial.trial_id not in self._shown:
-                self._shown.add(trial.trial_id)
-                self._print(self._line(trial))
-                self._print_new_best()
+        for retry in history.retries[self._retries_shown :]:
+            self._print(f"{retry.trial_id}  its worker failed; going on from the checkpoint")
+        self._retries_shown = len(history.retries)
+        for trial in history.endings[self._endings_shown :]:
+            self._endings_shown += 1
+            self._compare(trial)
+            self._print(self._line(trial))
+            self._print_new_best()
+
+    def _compare(self, trial: TrialHistory) -> None:
+        """Remember the best of the completed trials."""
+        assert self._ledger is not None
+        assert trial.ended is not None
+        if trial.ended.status == "completed" and (
+            self._leader is None or self._ledger.rank(trial) < self._ledger.rank(self._leader)
+        ):
+            self._leader = trial
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
@@ -101,17 +110,11 @@ class SearchConsole:
             self._print(best)
 
     def _best_line(self) -> str | None:
-        assert self._ledger is not None
-        completed = [t for t in self._ledger.experiment.history.ended if is_completed(t)]
-        if not completed:
+        leader = self._leader
+        if leader is None:
             return None
-        leader = self._ledger.ranked(completed)[0]
         value = getattr(leader.best, self._metric)
         return f"best so far: {leader.trial_id}  {self._metric} {value:.4f}  {settings(leader.started.params)}"
-
-    def _num_epochs(self) -> int:
-        assert self._ledger is not None
-        return sum(trial.last_epoch for trial in self._ledger.experiment.history.trials.values())
 
     def _line(self, trial: TrialHistory) -> str:
         assert trial.ended is not None
@@ -123,9 +126,9 @@ class SearchConsole:
 
     def _progress(self) -> str:
         assert self._ledger is not None
-        statuses = [t.ended.status for t in self._ledger.experiment.history.ended if t.ended]
-        counts = ", ".join(f"{statuses.count(s)} {mark}" for s, mark in MARKS.items() if statuses.count(s))
-        parts = [f"{len(statuses)}/{self._num_trials}" + (f": {counts}" if counts else "")]
+        history = self._ledger.experiment.history
+        counts = ", ".join(f"{history.num_ended[s]} {mark}" for s, mark in MARKS.items() if history.num_ended[s])
+        parts = [f"{len(history.endings)}/{self._num_trials}" + (f": {counts}" if counts else "")]
         parts.append(f"{len(self._ledger.running)} running")
         left = self._seconds_left()
         if left is not None:
@@ -136,12 +139,12 @@ class SearchConsole:
         """From the epochs a second of this driver and the epochs an ended trial takes on average."""
         assert self._ledger is not None
         history = self._ledger.experiment.history
-        epochs = self._num_epochs() - self._epochs_before
-        if not history.ended or epochs < 1:
+        epochs, num_ended = history.num_epochs - self._epochs_before, len(history.endings)
+        if not num_ended or epochs < 1:
             return None
-        per_trial = sum(t.last_epoch for t in history.ended) / len(history.ended)
-        in_progress = sum(t.last_epoch for t in history.unfinished)
-        to_do = max(0.0, (self._num_trials - len(history.ended)) * per_trial - in_progress)
+        per_trial = history.num_epochs_of_ended / num_ended
+        in_progress = history.num_epochs - history.num_epochs_of_ended
+        to_do = max(0.0, (self._num_trials - num_ended) * per_trial - in_progress)
         return to_do * (time.monotonic() - self._started) / epochs
 
     def _panel(self) -> Table:
@@ -152,10 +155,9 @@ class SearchConsole:
         best = self._best_line()
         if best is not None:
             grid.add_row(Text(best))
-        for trial in history.unfinished:
-            if trial.trial_id in self._ledger.running:
-                value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"
-                grid.add_row(Text(f"{trial.trial_id}  epoch {trial.last_epoch}: {self._metric} {value}", style="dim"))
+        for trial in (history.trials[trial_id] for trial_id in sorted(self._ledger.running)):
+            value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"
+            grid.add_row(Text(f"{trial.trial_id}  epoch {trial.last_epoch}: {self._metric} {value}", style="dim"))
         return grid
 
 
@@ -176,7 +178,7 @@ def print_summary(console: Console, ledger: Ledger) -> None:
     table = Table(title=f"best by {metric} (validation: the select split)", title_justify="left", box=None)
     for heading in ("trial", metric, "epoch", *names):
         table.add_column(heading, justify="left" if heading == "trial" else "right")
-    completed = [trial for trial in ended if is_completed(trial)]
+    completed = [trial for trial in ended if trial.completed]
     for trial in ledger.ranked(completed)[:LEADERS]:
         assert trial.best is not None
         values = [trial.started.params[name] for name in names]
@@ -194,7 +196,7 @@ def finalist_lines(ledger: Ledger) -> list[str]:
     metric, trials = ledger.space.metric, ledger.experiment.history.trials
     repeats: dict[str, list[float]] = {}
     for trial in trials.values():
-        if trial.started.finalist_of and is_completed(trial) and trial.best:
+        if trial.started.finalist_of and trial.completed and trial.best:
             repeats.setdefault(trial.started.finalist_of, []).append(getattr(trial.best, metric))
     return [
         f"{trial_id}  {metric} {getattr(trials[trial_id].best, metric):.4f} when chosen; with {len(values)} other "

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator import cli
-from orchestrator.ledger import Ledger, Rules, is_completed
+from orchestrator.ledger import Ledger, Rules
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
 from results.events import ExperimentResumed, ExperimentStopped
@@ -96,7 +96,7 @@ def open_or_check_new(args: argparse.Namespace, plan: SearchPlan, name: str) -> 
 def _check_finalists(plan: SearchPlan, experiment: Experiment) -> None:
     """Raise UsageError when a search that is over has fewer completed trials than finalists are asked for."""
     ended = [trial for trial in experiment.history.ended if trial.started.stage == "search"]
-    completed = sum(is_completed(trial) for trial in ended)
+    completed = sum(trial.completed for trial in ended)
     if len(ended) >= plan.space.budget.num_trials and plan.finalists > completed:
         raise UsageError(
             f"--finalists {plan.finalists}, but experiment {experiment.name!r} has {completed} completed trials; "

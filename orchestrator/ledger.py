@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 from optuna.distributions import distribution_to_json
 
+from orchestrator.audit import is_control
+from orchestrator.finalists import lacking
 from orchestrator.halving import Candidate, Halving, Judgement, Verdict
 from orchestrator.proposals import Proposal, Proposer
+from orchestrator.retention import Rank, Retention
 from orchestrator.strength import strength
 from results.events import (
     CheckpointRemoved,
@@ -32,7 +33,6 @@ from trainables.course import Leg, num_epochs, whole
 
 Ending = tuple[Status, str]
 Decision = Literal["continue", "stop", "pause", "spared"]
-CONTROLS = 4  # the stream of randomness that chooses controls
 MEDIUM = 0.5
 
 
@@ -88,8 +88,8 @@ class Ledger:
         self._to_resume: deque[str] = deque()
         self._spared: set[str] = set()
         self._began = time.monotonic()
-        self._epochs_trained = sum(trial.last_epoch for trial in experiment.history.trials.values())
         self.running: set[str] = set()
+        self._retention = Retention(keep=rules.keep_checkpoints)
         self._replay()
 
     def _replay(self) -> None:
@@ -100,6 +100,7 @@ class Ledger:
             self._replay_decision(trial, event)
         for trial in history.ended:
             self.experiment.tidy(trial)
+            self._retention.note(trial, rank=self.rank(trial))
         for trial in history.unfinished:
             self._record(*self._left_unsaid(trial))
             if trial.ended is not None:
@@ -133,7 +134,7 @@ class Ledger:
     @property
     def num_started(self) -> int:
         """Trials of the ledger's stage that have started, whatever became of them."""
-        return sum(trial.started.stage == self._stage for trial in self.experiment.history.trials.values())
+        return self.experiment.history.num_started[self._stage]
 
     @property
     def finished(self) -> bool:
@@ -148,7 +149,7 @@ class Ledger:
     @property
     def _budget_spent(self) -> bool:
         most = self.space.budget.max_total_epochs
-        return self._out_of_time or (most is not None and self._epochs_trained >= most)
+        return self._out_of_time or (most is not None and self.experiment.history.num_epochs >= most)
 
     @property
     def _out_of_time(self) -> bool:
@@ -206,15 +207,11 @@ class Ledger:
                 self._notify()
 
     def _start_proposed(self) -> TrialHistory:
-        proposal = self._proposer.ask()
-        return self._start(proposal, control=self._is_control(self.num_started, proposal.origin))
-
-    def _is_control(self, number: int, origin: str) -> bool:
-        """Every so-many-th trial, beginning at a place that the seed decides; baselines are no sample of anything."""
-        share = self._rules.control_fraction
-        offset = float(np.random.default_rng([self._rules.seed, CONTROLS]).random())
-        chosen = math.floor((number + 1) * share + offset) > math.floor(number * share + offset)
-        return chosen and origin in {"startup", "model"} and bool(self.halving.rung_epochs)
+        number, proposal = self.num_started, self._proposer.ask()
+        # Baselines are no sample of what a search proposes.
+        chosen = is_control(number, share=self._rules.control_fraction, seed=self._rules.seed)
+        may_be = proposal.origin in {"startup", "model"} and bool(self.halving.rung_epochs)
+        return self._start(proposal, control=chosen and may_be)
 
     def _start_finalist(self, of: TrialHistory) -> TrialHistory:
         return self._start(self._proposer.repeat(of), finalist_of=of.trial_id)
@@ -223,11 +220,14 @@ class Ledger:
         """The best configurations that lack trainings with other seeds, one entry for each that is to come."""
         if not self._rules.finalists or self._out_of_time:
             return []
-        trials = self.experiment.history.trials.values()
-        started = Counter(t.started.finalist_of for t in trials if t.started.finalist_of)
-        completed = [t for t in self.experiment.history.ended if is_completed(t) and t.started.stage == self._stage]
-        best = self.ranked(completed)[: self._rules.finalists]
-        return [trial for trial in best for _ in range(self._rules.seeds - started[trial.trial_id])]
+        history = self.experiment.history
+        completed = [trial for trial in history.endings if trial.completed and trial.started.stage == self._stage]
+        return lacking(
+            self.ranked(completed),
+            history.trials.values(),
+            finalists=self._rules.finalists,
+            seeds=self._rules.seeds,
+        )
 
     def _start(self, proposal: Proposal, *, control: bool = False, finalist_of: str = "") -> TrialHistory:
         seed = self._rules.seed + proposal.number
@@ -259,7 +259,6 @@ class Ledger:
         if trial.ended is not None:
             return False
         if result.epoch > trial.last_epoch:
-            self._epochs_trained += 1
             reported = EpochReported(at=time.time(), trial_id=trial_id, node=node, result=result)
             self._record(reported, *self._conclusions(trial, result))
         waiting = self.halving.is_waiting(trial_id)
@@ -355,8 +354,25 @@ class Ledger:
         self._notify()
 
     def _record(self, *events: Event) -> None:
+        """Record events and, where trials end with them, the removal of weights that are surplus then.
+
+        The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
+        """
+        surplus = self._surplus_after(events)
         if events:
-            self.experiment.record(*events)
+            self.experiment.record(*events, *(CheckpointRemoved(at=time.time(), trial_id=t) for t in surplus))
+        for trial_id in surplus:
+            self.experiment.tidy(self.experiment.history.trials[trial_id])
+
+    def _surplus_after(self, events: Sequence[Event]) -> list[str]:
+        """The trials whose weights need not be kept any longer once these events have happened."""
+        ends = [event for event in events if isinstance(event, TrialEnded)]
+        for end in ends:
+            trial = self.experiment.history.trials[end.trial_id]
+            reported = [e for e in events if isinstance(e, EpochReported) and e.trial_id == end.trial_id]
+            ended = replace(trial, epochs=[*trial.epochs, *reported], ended=end)
+            self._retention.note(ended, rank=self.rank(ended))
+        return self._retention.surplus() if ends else []
 
     def _value(self, result: EpochResult) -> float:
         value = getattr(result, self.space.metric)
@@ -365,7 +381,6 @@ class Ledger:
     def _after_end(self, trial: TrialHistory) -> None:
         self.running.discard(trial.trial_id)
         self._proposer.tell(trial, extrapolated=self._extrapolated(trial))
-        self._remove_surplus_checkpoints()
         self.experiment.tidy(trial)
 
     def _extrapolated(self, trial: TrialHistory) -> float | None:
@@ -374,25 +389,11 @@ class Ledger:
         score = self.halving.forecast(trial.trial_id) if trial.ended.status == "pruned" else None
         return None if score is None else score if self.space.mode == "max" else -score
 
-    def _remove_surplus_checkpoints(self) -> None:
-        kept = [
-            t for t in self.experiment.history.ended if t.ended and t.ended.has_checkpoint and not t.checkpoint_removed
-        ]
-        for trial in self.ranked(kept)[self._rules.keep_checkpoints :]:
-            # The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
-            self._record(CheckpointRemoved(at=time.time(), trial_id=trial.trial_id))
-            self.experiment.tidy(trial)
-
     def ranked(self, trials: list[TrialHistory]) -> list[TrialHistory]:
-        """The best first: completed ones before all others, then by the metric at the best epoch."""
+        """The best first."""
+        return sorted(trials, key=self.rank)
+
+    def rank(self, trial: TrialHistory) -> Rank:
+        """Lower is better: completed trials before all others, then by the metric at the best epoch, then by number."""
         sign = -1.0 if self.space.mode == "max" else 1.0
-
-        def key(trial: TrialHistory) -> tuple[bool, float]:
-            return (not is_completed(trial), sign * self._value(trial.best) if trial.best else float("inf"))
-
-        return sorted(trials, key=key)
-
-
-def is_completed(trial: TrialHistory) -> bool:
-    """Whether a trial was trained to its end."""
-    return trial.ended is not None and trial.ended.status == "completed"
+        return not trial.completed, sign * self._value(trial.best) if trial.best else float("inf"), trial.number

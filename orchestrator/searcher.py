@@ -243,6 +243,11 @@ def fit(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.max_concurrent)
     trainable = tune.with_parameters(TuneTrial, data=data, device=resources.device, threads=resources.cpus)
     scheduler = LedgerScheduler(ledger)
+
+    def check() -> None:
+        check_interrupt()
+        ledger.experiment.catch_up()
+
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
@@ -254,7 +259,7 @@ def fit(
             ),
             run_config=tune.RunConfig(
                 verbose=0,
-                stop=CheckingStopper(check_interrupt),
+                stop=CheckingStopper(check),
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from results.schema import EpochResult, Scalar, Stage, Status, UsageError
 
 SEGMENT_GLOB = "*.jsonl"
+FLOAT_FIGURES = {f.name for f in fields(EpochResult) if "float" in str(f.type)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,11 @@ def _finite(value: Any) -> Any:
 
 def encode(event: Event) -> str:
     """One JSON line, newline included."""
-    return json.dumps({"event": event.kind, **_finite(asdict(event))}, allow_nan=False) + "\n"
+    values = {"event": event.kind, **asdict(event)}
+    try:
+        return json.dumps(values, allow_nan=False) + "\n"
+    except ValueError:  # rare, and looking for it takes longer than writing
+        return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
 def decode(line: str) -> Event:
@@ -178,9 +183,8 @@ def decode(line: str) -> Event:
 
 
 def _epoch_result(values: dict[str, Any]) -> EpochResult:
-    is_float = {f.name: "float" in str(f.type) for f in fields(EpochResult)}
     typed: dict[str, Any] = {
-        key: float(value) if is_float[key] and value is not None else value for key, value in values.items()
+        key: float(value) if key in FLOAT_FIGURES and value is not None else value for key, value in values.items()
     }
     return EpochResult(**typed)
 

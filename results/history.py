@@ -6,9 +6,12 @@ so a live folder and a rebuilt one cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import pyarrow as pa
 
 from results.diagnosis import is_regularized, regularization_verdict
 from results.events import (
@@ -29,8 +32,11 @@ from results.schema import (
     EpochRecord,
     EpochResult,
     Scalar,
+    Stage,
+    Status,
     TrialRecord,
     UsageError,
+    arrow_schema,
     instant,
 )
 
@@ -40,6 +46,9 @@ JUDGED_SPLITS = ("train", "select")
 FEWEST_JUDGED = 100
 TIME_BUDGET = "time budget"
 CUT_SHORT = ("error", TIME_BUDGET)
+
+EPOCH_SCHEMA = arrow_schema(EpochRecord)
+EPOCH_FIGURES = [f.name for f in fields(EpochRecord) if f.name in EpochResult.__dataclass_fields__]
 
 
 @dataclass
@@ -59,9 +68,19 @@ class TrialHistory:
         return self.started.trial_id
 
     @property
+    def number(self) -> int:
+        """The Optuna number."""
+        return int(self.trial_id[1:])
+
+    @property
     def last_epoch(self) -> int:
         """The newest epoch in the log, 0 before the first."""
         return self.epochs[-1].result.epoch if self.epochs else 0
+
+    @property
+    def completed(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.ended is not None and self.ended.status == "completed"
 
     @property
     def best(self) -> EpochResult | None:
@@ -86,6 +105,15 @@ class History:
     trials: dict[str, TrialHistory] = field(default_factory=dict)
     decisions: list[Decided] = field(default_factory=list)
     ensembles: list[EnsembleMade] = field(default_factory=list)
+    # Kept while events are applied, so that what is asked after every report costs the same however many trials.
+    endings: list[TrialHistory] = field(default_factory=list)
+    """Ended trials in the order in which they ended."""
+    retries: list[TrialRetried] = field(default_factory=list)
+    num_started: Counter[Stage] = field(default_factory=Counter)
+    num_ended: Counter[Status] = field(default_factory=Counter)
+    num_epochs: int = 0
+    num_epochs_of_ended: int = 0
+    _unfinished: dict[str, TrialHistory] = field(default_factory=dict)
 
     @classmethod
     def read(cls, events: Iterable[Event]) -> History:
@@ -104,6 +132,8 @@ class History:
             return
         if trial_id not in self.trials:
             raise UsageError(f"the event log has {event.kind} of {trial_id}, which never started; restore events/")
+        if isinstance(event, TrialEnded) and self.trials[trial_id].ended is not None:
+            raise UsageError(f"the event log ends {trial_id} twice; restore events/ from a copy")
         last_epoch = self.trials[trial_id].last_epoch
         if isinstance(event, EpochReported) and event.result.epoch != last_epoch + 1:
             raise UsageError(
@@ -122,30 +152,38 @@ class History:
             case ExperimentStopped(state=state):
                 self.state = state
             case TrialStarted(trial_id=trial_id):
-                self.trials[trial_id] = TrialHistory(event)
+                self.trials[trial_id] = self._unfinished[trial_id] = TrialHistory(event)
+                self.num_started[event.stage] += 1
             case EnsembleMade():
                 self.ensembles.append(event)
             case EpochReported(trial_id=trial_id):
                 self.trials[trial_id].epochs.append(event)
+                self.num_epochs += 1
             case Decided(trial_id=trial_id, epoch=epoch):
                 self.trials[trial_id].decisions[epoch] = event
                 self.decisions.append(event)
             case TrialRetried(trial_id=trial_id):
                 self.trials[trial_id].retries += 1
+                self.retries.append(event)
             case TrialEnded(trial_id=trial_id):
-                self.trials[trial_id].ended = event
+                trial = self.trials[trial_id]
+                trial.ended = event
+                del self._unfinished[trial_id]
+                self.endings.append(trial)
+                self.num_ended[event.status] += 1
+                self.num_epochs_of_ended += trial.last_epoch
             case CheckpointRemoved(trial_id=trial_id):
                 self.trials[trial_id].checkpoint_removed = True
 
     @property
     def unfinished(self) -> list[TrialHistory]:
         """Trials that have started and not ended, in the order of their numbers."""
-        return [trial for trial in list(self.trials.values()) if trial.ended is None]
+        return list(self._unfinished.values())
 
     @property
     def ended(self) -> list[TrialHistory]:
         """Trials that have a row, in the order of their numbers."""
-        return [trial for trial in list(self.trials.values()) if trial.ended is not None]
+        return sorted(self.endings, key=lambda trial: trial.number)
 
     def trial_row(self, trial: TrialHistory) -> dict[str, Any]:
         """The row of an ended trial: TrialRecord's fields, then `config.<field>`."""
@@ -225,17 +263,15 @@ def _verdict(trial: TrialHistory, *, info: dict[str, Any]) -> str | None:
     )
 
 
-def epoch_record(trial: TrialHistory, event: EpochReported) -> EpochRecord:
-    """The row of one epoch, with the decision that followed it."""
-    result = event.result
-    decided = trial.decisions.get(result.epoch)
-    figures = {
-        f.name: getattr(result, f.name) for f in fields(EpochRecord) if f.name in EpochResult.__dataclass_fields__
+def epoch_rows(trials: Sequence[TrialHistory]) -> pa.Table:
+    """The rows of these trials' epochs, each with the decision that followed it."""
+    epochs = [(trial, event) for trial in trials for event in trial.epochs]
+    decided = [trial.decisions.get(event.result.epoch) for trial, event in epochs]
+    columns: dict[str, list[Any]] = {
+        name: [getattr(event.result, name) for _, event in epochs] for name in EPOCH_FIGURES
     }
-    return EpochRecord(
-        trial_id=trial.trial_id,
-        reported_at=instant(event.at),
-        rung=decided.rung if decided else None,
-        decision=decided.decision if decided else None,
-        **figures,
-    )
+    columns["trial_id"] = [trial.trial_id for trial, _ in epochs]
+    columns["reported_at"] = [instant(event.at) for _, event in epochs]
+    columns["rung"] = [decision.rung if decision else None for decision in decided]
+    columns["decision"] = [decision.decision if decision else None for decision in decided]
+    return pa.table({name: columns[name] for name in EPOCH_SCHEMA.names}, schema=EPOCH_SCHEMA)

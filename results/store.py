@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.files import json_bytes, replace_file, rows_bytes
-from results.history import History, TrialHistory, epoch_record
+from results.history import History, TrialHistory
+from results.parts import Tables, part_paths
 from results.predictions import is_readable, predictions_bytes, read_predictions
 from results.schema import (
     SCHEMA_VERSION,
@@ -97,6 +98,7 @@ class Experiment:
         self.root = root
         self.history = _read_history(root)
         self.generation = 0
+        self._tables = Tables(root, self.history)
         self._log: EventLog | None = None
 
     @staticmethod
@@ -173,6 +175,7 @@ class Experiment:
             self.history = _read_history(self.root)
             for leftover in self.root.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+            self._tables = Tables(self.root, self.history)
             self._rebuild()
             self._log = EventLog(self.root / "events")
             try:
@@ -180,6 +183,8 @@ class Experiment:
             finally:
                 self._log.close()
                 self._log = None
+                self._remove_leftovers()
+                self._tables.catch_up(now=True)
 
     def record(self, *events: Event) -> None:
         """Append events to the log, synced, then bring the files projected from them up to date."""
@@ -190,11 +195,20 @@ class Experiment:
         self._log.append(*events)
         for event in events:
             self.history.apply(event)
-        touched = {event.trial_id: None for event in events if hasattr(event, "trial_id")}
-        for trial_id in touched:
-            self._project(self.history.trials[trial_id])
+        self._tables.follow(events)
         if any(not hasattr(event, "trial_id") for event in events):
             self._write_info()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what workers that died while they wrote left of the predictions of trials that have ended."""
+        ended = {trial.trial_id for trial in self.history.endings}
+        for leftover in (self.root / "predictions").glob(".*.tmp"):
+            if leftover.name[1:].partition(".")[0] in ended:
+                leftover.unlink(missing_ok=True)
+
+    def catch_up(self) -> None:
+        """Write the epochs that `epochs/` lacks, if it is time. To be called now and then while nothing is recorded."""
+        self._tables.catch_up()
 
     def rebuild(self) -> None:
         """Write `trials/`, `epochs/`, the study and `experiment.json` anew from the event log."""
@@ -202,20 +216,7 @@ class Experiment:
             pass
 
     def _rebuild(self) -> None:
-        # A row is written after its events have been synced: one that the log does not know means a damaged log.
-        ended = {f"{trial.trial_id}.parquet" for trial in self.history.ended}
-        unknown = sorted(part.name for part in self.root.glob("trials/t*.parquet") if part.name not in ended)
-        if unknown:
-            raise UsageError(
-                f"{self.root / 'trials'} has {', '.join(unknown)}, which events/ knows nothing of: the log is damaged; "
-                f"restore events/ from a copy"
-            )
-        expected = set()
-        for trial in self.history.trials.values():
-            expected |= self._project(trial)
-        for part in [*self.root.glob("trials/*.parquet"), *self.root.glob("epochs/*.parquet")]:
-            if part not in expected:
-                part.unlink()
+        self._tables.rebuild()
         rebuild_study(
             self.study_path,
             self.history.trials.values(),
@@ -224,20 +225,6 @@ class Experiment:
             mode=self.info["mode"],
         )
         self._write_info()
-
-    def _project(self, trial: TrialHistory) -> set[Path]:
-        written = set()
-        if trial.epochs:
-            part = self.root / "epochs" / f"{trial.trial_id}.parquet"
-            rows = [asdict(epoch_record(trial, event)) for event in trial.epochs]
-            replace_file(part, rows_bytes(rows, arrow_schema(EpochRecord)), sync=False)
-            written.add(part)
-        if trial.ended is not None:
-            part = self.root / "trials" / f"{trial.trial_id}.parquet"
-            schema = trial_schema(self.info["config_fields"])
-            replace_file(part, rows_bytes([self.history.trial_row(trial)], schema), sync=False)
-            written.add(part)
-        return written
 
     def _write_info(self) -> None:
         content = {**self.info, "state": self.history.state, "schema_version": SCHEMA_VERSION}
@@ -257,7 +244,7 @@ class Experiment:
         assert trial.ended is not None
         files = self.files(trial.trial_id)
         keep_weights = trial.ended.has_checkpoint and not trial.checkpoint_removed
-        for path in [*files.best.parent.glob("*"), *files.predictions.parent.glob(f".{files.predictions.name}.*.tmp")]:
+        for path in files.best.parent.glob("*"):
             if path != files.best or not keep_weights:
                 path.unlink(missing_ok=True)
         if not keep_weights:
@@ -278,9 +265,10 @@ class Experiment:
 
     def _read_parts(self, folder: str, schema: pa.Schema) -> pd.DataFrame:
         tables = [schema.empty_table()]
-        for part in sorted((self.root / folder).glob("*.parquet")):
+        for part in part_paths(self.root / folder):
             try:
-                tables.append(pq.read_table(part).select(schema.names).cast(schema))
+                with pq.ParquetFile(part) as file:
+                    tables.append(file.read(columns=schema.names).select(schema.names).cast(schema))
             except (pa.ArrowException, OSError, KeyError) as error:
                 warnings.warn(
                     f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
