@@ -129,7 +129,7 @@ class Ledger:
                 seed=seed,
                 config=config.to_dict(),
                 params=proposal.params,
-                distributions={name: distribution_to_json(d) for name, d in self.space.dimensions.items()},
+                distributions={name: distribution_to_json(d) for name, d in proposal.distributions.items()},
             )
         )
         return self.experiment.history.trials[trial_id]
