@@ -175,9 +175,8 @@ def print_front(console: Console, completed: list[TrialHistory], space: SearchSp
     trials = [trial for trial in completed if trial.trial_id in values]
     modes = list(space.objectives.values())
     places = non_dominated(np.reshape(list(values.values()), (-1, len(modes))), modes)
-    front = sorted(
-        (trials[place] for place in places), key=lambda t: values[t.trial_id][0], reverse=space.mode == "max"
-    )
+    front = [trials[place] for place in places]
+    front.sort(key=lambda trial: values[trial.trial_id][0], reverse=space.mode == "max")
     title = f"Pareto front of {', '.join(objectives)}: {len(front)} of {len(trials)} completed trials"
     table = Table(title=title, title_justify="left", box=None)
     names = list(space.dimensions)

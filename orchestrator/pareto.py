@@ -36,7 +36,8 @@ def best_first(values_NK: FloatArray, modes: Sequence[str], *, wanted: int) -> l
     costs_NK = as_costs(values_NK, modes)
     if len(modes) == 1:
         return np.argsort(costs_NK[:, 0], kind="stable")[:wanted].tolist()
-    left, chosen = list(range(len(values_NK))), []
+    left = list(range(len(values_NK)))
+    chosen: list[int] = []
     while left and len(chosen) < wanted:
         front = {left[place] for place in non_dominated(values_NK[left], modes)}
         chosen += sorted(front, key=lambda place: costs_NK[place, 0])

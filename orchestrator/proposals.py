@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -31,7 +32,7 @@ from results.study import (
     values_at_best,
     write_outcome,
 )
-from search_spaces.conditional import Draw, Point
+from search_spaces.conditional import Draw
 from search_spaces.space import SearchSpace
 
 MOST_STARTUP_TRIALS = 10
@@ -267,7 +268,7 @@ def ranked(trials: Sequence[FrozenTrial], objectives: Objectives, *, wanted: int
     """The places of the best of complete and pruned trials, in the order in which TPE ranks them."""
     modes = list(objectives.values())
     complete = [place for place, trial in enumerate(trials) if trial.state is TrialState.COMPLETE]
-    values_NK = [trials[place].values for place in complete]
+    values_NK = np.array([trials[place].values for place in complete])
     best = [complete[place] for place in best_first(values_NK, modes, wanted=wanted)] if complete else []
     sign = -1.0 if modes[0] == "max" else 1.0
 

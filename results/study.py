@@ -14,6 +14,7 @@ import optuna
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from results.history import TrialHistory
@@ -30,9 +31,9 @@ def objectives_of(info: Mapping[str, Any]) -> dict[str, str]:
     return {info["metric"]: info["mode"], **info.get("further_objectives", {})}
 
 
-def directions(objectives: Objectives) -> list[str]:
-    """Optuna's names of the directions."""
-    return ["maximize" if mode == "max" else "minimize" for mode in objectives.values()]
+def directions(objectives: Objectives) -> list[StudyDirection]:
+    """Optuna's directions."""
+    return [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in objectives.values()]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class JournalFile(BaseJournalBackend):
         self._num_read = 0
         self._unwritten: list[dict[str, Any]] | None = None
 
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """What was written from a place on, and what is about to be."""
         if self._unwritten is not None:
             yield from self._unwritten[log_number_from - self._num_read :]

@@ -54,7 +54,9 @@ def test_a_space_file_that_is_none_says_why(tmp_path: Path, text: str, message: 
 
 
 def test_unknown_spaces_list_the_choices() -> None:
-    with pytest.raises(UsageError, match="no search space 'cifra'; there are cifar10, cifar100, digits"):
+    with pytest.raises(
+        UsageError, match="no search space .cifra.; there are cifar10, cifar100, cifar100_cond"
+    ):
         load_space("cifra")
     with pytest.raises(UsageError, match="there is no file"):
         load_space("nowhere.py")
