@@ -178,7 +178,8 @@ def print_front(console: Console, completed: list[TrialHistory], space: SearchSp
     front = [trials[place] for place in places]
     front.sort(key=lambda trial: values[trial.trial_id][0], reverse=space.mode == "max")
     title = f"Pareto front of {', '.join(objectives)}: {len(front)} of {len(trials)} completed trials"
-    table = Table(title=title, title_justify="left", box=None)
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table(box=None)
     names = list(space.dimensions)
     for heading in ("trial", *objectives, *names):
         table.add_column(heading, justify="left" if heading == "trial" else "right")

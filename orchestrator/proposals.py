@@ -124,7 +124,7 @@ class Proposer:
         """The next configuration; its number is the trial's."""
         given = self._given.popleft() if self._given else None
         trial = self._sampling.ask(given)
-        point = self._space.point(_from_optuna(trial))
+        point = self._space.point(from_optuna(trial))
         # TPE fills the relative parameters only when it draws from its model.
         origin: Origin = self._given_origin if given is not None else "model" if trial.relative_params else "startup"
         number = self._journal.start(params=point.params, distributions=point.distributions, origin=origin)
@@ -158,7 +158,7 @@ def _trial_id(number: int) -> str:
     return f"t{number:05d}"
 
 
-def _from_optuna(trial: optuna.Trial) -> Draw:
+def from_optuna(trial: optuna.Trial) -> Draw:
     """Values from a trial that was asked for."""
 
     def draw(name: str, distribution: BaseDistribution) -> Scalar:
