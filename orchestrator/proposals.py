@@ -113,12 +113,13 @@ class Proposer:
         self._space = space
         self._given = deque(given)
         self._given_origin: Origin = given_origin
-        sampled = SamplingStudy(space.objectives, sampler_after, trials_so_far=self._journal.num_trials)
-        warm_points = [self._sampled(trial, extrapolate(trial)) for trial in warm]
-        own = {trial.trial_id: self._sampled(trial, extrapolate(trial)) for trial in history if _is_searched(trial)}
-        sampled.add([trial for trial in warm_points if trial is not None])
-        sampled.add([trial for trial in own.values() if trial is not None])
-        self._sampling = sampled
+        past = list(history)
+        if self._journal.num_trials != len(past):  # the numbers of new trials would be wrong
+            raise ValueError(f"{study_path} has {self._journal.num_trials} trials and the event log {len(past)}")
+        self._sampling = SamplingStudy(space.objectives, sampler_after, trials_so_far=len(past))
+        for trials in (warm, filter(_is_searched, past)):
+            sampled = [self._sampled(trial, extrapolate(trial)) for trial in trials]
+            self._sampling.add([trial for trial in sampled if trial is not None])
 
     def ask(self) -> Proposal:
         """The next configuration; its number is the trial's."""

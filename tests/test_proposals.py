@@ -469,3 +469,28 @@ def test_baselines_that_have_run_are_not_run_again(tmp_path: Path) -> None:
         advance(make_ledger(experiment, replace(of, num_trials=4), max_concurrent=2), LEARNING)
     assert list(experiment.trials()["config.dropout"][:2]) == [0.0, 0.499]
     assert list(experiment.trials()["origin"]).count("baseline") == 2
+
+
+def test_a_running_trial_outside_a_narrowed_space_ends_in_the_journal_alone(tmp_path: Path) -> None:
+    of = space()
+    history = [ended_trial(0, 0.3, status="running", of=of), ended_trial(1, 0.1, of=of)]
+    asking = proposer(
+        tmp_path / "study.journal", space(dimensions={"dropout": FloatDistribution(0, 0.2)}), history=history
+    )
+    asking.tell(ended_trial(0, 0.3, of=of))
+    assert [t.params for t in asking._sampling.trials] == [{"dropout": 0.1}]
+    assert [t.state for t in loaded(tmp_path / "study.journal").trials] == [TrialState.COMPLETE] * 2
+
+
+def test_a_journal_that_is_not_the_logs_is_refused(tmp_path: Path) -> None:
+    of = space()
+    asking = proposer(tmp_path / "study.journal", of)
+    asking.ask()
+    with pytest.raises(ValueError, match=r"study.journal has 1 trials and the event log 0"):
+        Proposer(
+            tmp_path / "study.journal",
+            name="x",
+            space=of,
+            sampler_after=lambda trials_so_far: optuna.samplers.RandomSampler(seed=trials_so_far),
+            given=(),
+        )
