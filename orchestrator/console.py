@@ -6,6 +6,7 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -13,8 +14,11 @@ from rich.text import Text
 
 from orchestrator.audit import audit, findings
 from orchestrator.ledger import Ledger
+from orchestrator.pareto import non_dominated
 from results.history import TrialHistory
 from results.schema import Scalar, Status
+from results.study import values_at_best
+from search_spaces.space import METRICS, SearchSpace
 
 LEADERS = 5
 MARKS: dict[Status, str] = {"completed": "done", "pruned": "stopped", "failed": "failed"}
@@ -161,6 +165,37 @@ class SearchConsole:
         return grid
 
 
+def cells(trial: TrialHistory, names: list[str]) -> list[str]:
+    """A trial's searched values; "-" for a dimension that was not active."""
+    params = trial.started.params
+    values = [params.get(name, "-") for name in names]
+    return [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
+
+
+def print_front(console: Console, completed: list[TrialHistory], space: SearchSpace) -> None:
+    """The completed trials that no other one is better than in every objective, by the first one."""
+    objectives = list(space.objectives)
+    values = {t.trial_id: found for t in completed if (found := values_at_best(t, objectives)) is not None}
+    trials = [trial for trial in completed if trial.trial_id in values]
+    modes = list(space.objectives.values())
+    places = non_dominated(np.reshape(list(values.values()), (-1, len(modes))), modes)
+    front = [trials[place] for place in places]
+    front.sort(key=lambda trial: values[trial.trial_id][0], reverse=space.mode == "max")
+    title = f"Pareto front of {', '.join(objectives)}: {len(front)} of {len(trials)} completed trials"
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table(box=None)
+    names = list(space.dimensions)
+    for heading in ("trial", *objectives, *names):
+        table.add_column(heading, justify="left" if heading == "trial" else "right")
+    for trial in front:
+        shown = [
+            f"{value:.4f}" if name in METRICS else f"{value:,.0f}"
+            for name, value in zip(objectives, values[trial.trial_id], strict=True)
+        ]
+        table.add_row(trial.trial_id, *shown, *cells(trial, names))
+    console.print(table)
+
+
 def print_summary(console: Console, ledger: Ledger) -> None:
     """Counts, where the suggestions came from, the best trials and the disk used."""
     history, metric = ledger.experiment.history, ledger.space.metric
@@ -181,12 +216,12 @@ def print_summary(console: Console, ledger: Ledger) -> None:
     completed = [trial for trial in ended if trial.completed]
     for trial in ledger.ranked(completed)[:LEADERS]:
         assert trial.best is not None
-        values = [trial.started.params[name] for name in names]
-        shown = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
-        table.add_row(trial.trial_id, f"{getattr(trial.best, metric):.4f}", str(trial.best.epoch), *shown)
+        table.add_row(trial.trial_id, f"{getattr(trial.best, metric):.4f}", str(trial.best.epoch), *cells(trial, names))
     console.print(table)
     for line in finalist_lines(ledger):
         console.print(Text(line), soft_wrap=True)
+    if ledger.space.further_objectives:
+        print_front(console, completed, ledger.space)
     root = ledger.experiment.root
     console.print(f"{root}: {size(ledger.experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
 

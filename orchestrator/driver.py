@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from orchestrator.ledger import Ledger, Rules
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
 from results.events import ExperimentResumed, ExperimentStopped
+from results.history import TrialHistory
 from results.schema import Scalar, UsageError
 from results.store import Experiment
 from trainables.config import parse_overrides
@@ -125,7 +126,11 @@ def begin(args: argparse.Namespace, plan: SearchPlan, data: SplitImages, *, name
 def record_resumption(experiment: Experiment, plan: SearchPlan) -> None:
     """Write down what `experiment.json` says anew: a search may be made longer, and go on with other versions."""
     changes = {
-        "space": {**experiment.info["space"], **plan.space.describe()},
+        "space": {
+            **experiment.info["space"],
+            **plan.space.describe(),
+            "source_hash": plan.source.source_hash,
+        },
         "keep_checkpoints": plan.keep_checkpoints,
         "finalists": plan.finalists,
         "seeds": plan.seeds,
@@ -140,28 +145,28 @@ def make_ledger(
     *,
     max_concurrent: int,
     max_seconds: float | None = None,
+    warm: Sequence[TrialHistory] = (),
     notify: Callable[[], None] = lambda: None,
 ) -> Ledger:
-    """The ledger of an experiment, standing where its event log ends."""
+    """The ledger of an experiment, standing where its event log ends. `warm`: trials of others to learn from."""
     space, history = plan.space, experiment.history
-    given_started = sum(t.started.origin in {"baseline", "recipe"} for t in history.trials.values())
+    given_started = [t.started.params for t in history.trials.values() if t.started.origin in {"baseline", "recipe"}]
     num_trials = space.budget.num_trials
-    sampler = make_sampler(
-        num_trials=num_trials,
-        max_concurrent=max_concurrent,
-        seed=plan.seed,
-        trials_so_far=len(history.trials),
-    )
     proposer = Proposer(
         experiment.study_path,
         name=experiment.name,
-        metric=space.metric,
-        mode=space.mode,
-        dimensions=space.dimensions,
-        sampler=sampler,
-        given=space.complete_baselines()[given_started:num_trials],
+        space=space,
+        sampler_after=lambda trials_so_far: make_sampler(
+            num_trials=num_trials,
+            max_concurrent=max_concurrent,
+            seed=plan.seed,
+            trials_so_far=trials_so_far,
+            conditional=space.define is not None,
+        ),
+        given=[params for params in space.complete_baselines()[:num_trials] if params not in given_started],
         given_origin="baseline" if plan.stage == "search" else "recipe",
     )
+    proposer.learn(warm)
     return Ledger(
         experiment,
         space=space,

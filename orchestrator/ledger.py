@@ -98,6 +98,7 @@ class Ledger:
         for event in history.decisions:
             trial = history.trials[event.trial_id]
             self._replay_decision(trial, event)
+        self._proposer.recall(history.trials.values(), extrapolate=self._extrapolated)
         for trial in history.ended:
             self.experiment.tidy(trial)
             self._retention.note(trial, rank=self.rank(trial))
@@ -385,8 +386,8 @@ class Ledger:
 
     def _extrapolated(self, trial: TrialHistory) -> float | None:
         """The metric that a stopped trial would have ended with, if the strategy can tell."""
-        assert trial.ended is not None
-        score = self.halving.forecast(trial.trial_id) if trial.ended.status == "pruned" else None
+        pruned = trial.ended is not None and trial.ended.status == "pruned"
+        score = self.halving.forecast(trial.trial_id) if pruned else None
         return None if score is None else score if self.space.mode == "max" else -score
 
     def ranked(self, trials: list[TrialHistory]) -> list[TrialHistory]:

@@ -7,18 +7,22 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import json_to_distribution
+
 from orchestrator.halving import HALVINGS, Halving, Ladder
 from results.schema import Scalar, Stage, UsageError
-from search_spaces.space import NamedSpace, SearchSpace
+from search_spaces.space import OBJECTIVES, NamedSpace, SearchSpace, is_within
 from trainables.backbones import check_backbone
 from trainables.config import ANNOTATIONS
 from trainables.datasets import SplitImages
 
 FIXED = ("seed", "halving", "control_fraction")
+MAY_CHANGE = ("base.dataset ", "budget.num_trials ", "budget.max_total_epochs ", "budget.max_seconds ")
 RECORDED_VERSIONS = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "pillow")
 
 
@@ -36,6 +40,10 @@ class SearchPlan:
     finalists: int = 0
     seeds: int = 1
     stage: Stage = "search"
+    max_total_epochs: int | None = None
+    max_seconds: float | None = None
+    warm_start: tuple[str, ...] = ()
+    """Experiments whose trials the search learns from."""
 
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
@@ -84,10 +92,15 @@ class SearchPlan:
                     f"{falling_from:g} on; lower decay_fraction={config.decay_fraction:g} or raise reduction_factor"
                 )
 
-    @property
+    @cached_property
     def space(self) -> SearchSpace:
-        """The space with its overrides."""
-        return self.source.space.with_overrides(self.overrides, num_trials=self.num_trials)
+        """The space with its overrides and what the search may spend."""
+        return self.source.space.with_overrides(
+            self.overrides,
+            num_trials=self.num_trials,
+            max_total_epochs=self.max_total_epochs,
+            max_seconds=self.max_seconds,
+        )
 
     @property
     def num_trials_in_all(self) -> int:
@@ -121,6 +134,8 @@ class SearchPlan:
             "keep_checkpoints": self.keep_checkpoints,
             "metric": space.metric,
             "mode": space.mode,
+            "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
+            "warm_start": list(self.warm_start),
             "max_epochs": space.budget.max_epochs,
             "config_fields": ANNOTATIONS,
             **provenance(command),
@@ -140,9 +155,18 @@ def resumed(
 ) -> SearchPlan:
     """The plan of an experiment gone on with: what is not given is what it was before.
 
-    Raises UsageError, saying what, when the search would not be the same.
+    A search may be made longer, and its space narrower: the same dimensions within their former ranges, without the
+    baselines that are then outside.
+    Raises UsageError, saying what, when the search would not be the same otherwise.
     """
-    old = info["space"]
+    # Experiments of earlier versions do not have all of it.
+    old = {"further_objectives": [], "conditional": False, **info["space"]}
+    warm_start = tuple(info.get("warm_start", ()))
+    if plan.warm_start and plan.warm_start != warm_start:
+        raise UsageError(
+            f"--warm-start {' '.join(plan.warm_start)}, but experiment {info['name']!r} was begun with "
+            f"{' '.join(warm_start) or 'none'}; leave it out, or start anew with another --name"
+        )
     same = SearchPlan(
         source=plan.source,
         overrides={**info["overrides"], **plan.overrides},
@@ -154,6 +178,9 @@ def resumed(
         finalists=info["finalists"] if finalists is None else finalists,
         seeds=info["seeds"] if seeds is None else seeds,
         stage=plan.stage,
+        max_total_epochs=plan.max_total_epochs or old["budget"].get("max_total_epochs"),
+        max_seconds=plan.max_seconds or old["budget"].get("max_seconds"),
+        warm_start=warm_start,
     )
     if plan.stage != info.get("stage", "search"):
         raise UsageError(
@@ -166,18 +193,28 @@ def resumed(
             f"{old['budget']['num_trials']}; a resume may ask for more, not for fewer"
         )
     new = json.loads(json.dumps(same.space.describe()))
+    narrowed = _is_narrowed(old["dimensions"], new["dimensions"])
+    if narrowed and all(baseline in old["baselines"] for baseline in new["baselines"]):
+        old = {**old, "dimensions": new["dimensions"], "baselines": new["baselines"]}
     changes = [
         *_differences("", {name: info[name] for name in FIXED}, {name: getattr(same, name) for name in FIXED}),
         *_differences("", {k: old[k] for k in new}, new),
     ]
-    # Data may have moved, its hash tells whether it is the same; a search may be made longer.
-    changes = [c for c in changes if not c.startswith(("base.dataset ", "budget.num_trials "))]
+    # Data may have moved, its hash tells whether it is the same; a search may be made longer or shorter.
+    changes = [c for c in changes if not c.startswith(MAY_CHANGE)]
     if changes:
         raise UsageError(
             f"experiment {info['name']!r} was begun with another search space: {'; '.join(changes)}; "
             f"undo that, or start anew with another --name"
         )
     return same
+
+
+def _is_narrowed(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Whether a space has the dimensions of another one, none of them wider, and one or more of them narrower."""
+    if old == new or old.keys() != new.keys():
+        return False
+    return all(is_within(json_to_distribution(new[name]), json_to_distribution(old[name])) for name in old)
 
 
 def check_same_data(info: Mapping[str, Any], data: SplitImages) -> None:

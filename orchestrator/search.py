@@ -11,6 +11,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.searcher import choose_resources, fit, ray_cluster
+from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
+from results.history import TrialHistory
 from results.store import DEFAULT_RESULTS_DIR, Experiment
 from search_spaces.space import load_space
 from trainables.datasets import SplitImages
@@ -78,6 +81,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help=f"keep the weights of the best N trials (default: {DEFAULT_KEEP_CHECKPOINTS})",
     )
+    parser.add_argument(
+        "--warm-start",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="learn from the trials of earlier searches in the same --results-dir",
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,11 +105,18 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         finalists=args.finalists or 0,
         seeds=args.seeds or 1,
         keep_checkpoints=DEFAULT_KEEP_CHECKPOINTS if args.keep_checkpoints is None else args.keep_checkpoints,
+        warm_start=tuple(args.warm_start),
     )
 
 
 def drive(
-    experiment: Experiment | None, plan: SearchPlan, data: SplitImages, args: argparse.Namespace, console: Console
+    experiment: Experiment | None,
+    plan: SearchPlan,
+    data: SplitImages,
+    args: argparse.Namespace,
+    console: Console,
+    *,
+    warm: Sequence[TrialHistory] = (),
 ) -> Ledger:
     """Search as the experiment's one driver; a new experiment is made once Ray has what the trials want."""
     with ExitStack() as stack:
@@ -129,7 +147,8 @@ def drive(
             experiment,
             plan,
             max_concurrent=resources.max_concurrent,
-            max_seconds=args.time_budget,
+            max_seconds=args.time_budget or plan.space.budget.max_seconds,
+            warm=warm,
             notify=shown.changed,
         )
         if not ledger.finished:
@@ -153,8 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     name = experiment_name(args, plan)
     experiment, plan = driver.open_or_check_new(args, plan, name)
     data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
+    warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash)
+    for line in warm.lines:
+        console.print(line, highlight=False, soft_wrap=True)
     try:
-        ledger = drive(experiment, plan, data, args, console)
+        ledger = drive(experiment, plan, data, args, console, warm=warm.trials)
     except cli.Interrupted:
         return driver.interrupted(args, name, console)
     except OSError as error:

@@ -38,7 +38,7 @@ from results.schema import (
     arrow_schema,
     trial_schema,
 )
-from results.study import rebuild_study
+from results.study import objectives_of, rebuild_study
 
 DEFAULT_RESULTS_DIR = "results/runs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -221,8 +221,7 @@ class Experiment:
             self.study_path,
             self.history.trials.values(),
             name=self.name,
-            metric=self.info["metric"],
-            mode=self.info["mode"],
+            objectives=objectives_of(self.info),
         )
         self._write_info()
 

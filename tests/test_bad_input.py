@@ -27,7 +27,7 @@ def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cifra"], "no search space 'cifra'; there are cifar10, cifar100, digits"),
+        (["cifra"], "no search space 'cifra'; there are cifar10, cifar100, cifar100_conditional, digits"),
         (["digits", "--dataset", "mnist"], "no dataset 'mnist'; there are digits, cifar10, cifar100, folder:PATH"),
         (["digits", "--backbone", "vgg"], "no backbone 'vgg'; there are small_cnn, efficient200k, resnet18"),
         (["digits", "--set", "backbone=vgg"], "no backbone 'vgg'"),
@@ -44,6 +44,7 @@ def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureF
         (["digits", "--halving", "half"], "invalid choice: 'half'"),
         (["digits", "--name", "a/b"], "'a/b' is not a name"),
         (["digits", "--resume", "--name", "gone"], "there is no experiment 'gone'"),
+        (["digits", "--warm-start", "gone"], "there is no experiment 'gone'"),
         (["digits", "--results-dir", "s3://bucket"], "object stores are not supported yet"),
         (["digits", "--results-dir", str(Path(__file__))], "test_bad_input.py; choose another --results-dir"),
         (["digits", "--dataset", "folder:nowhere"], "is not a folder"),
