@@ -9,8 +9,8 @@ part with that row alone: most of the time goes into the hundred columns, not in
 
 `schema.parquet` has no rows, comes first and never changes: a reader that looks into the first file before it reads
 them all (polars' lazy frames keep its footer until they are collected) does not find another one in its place, and a
-table that has no rows yet can be read. A reader that opens a file twice, or asks for its size before (polars), can meet
-a replacement in between: it then fails, loudly, and succeeds when called again. It never gets wrong rows.
+table that has no rows yet can be read. A reader that opens a file twice, or asks for its size before (polars, DuckDB),
+can meet a replacement in between: it then fails, loudly, and succeeds when called again. It never gets wrong rows.
 
 Rows of `trials/` are written when a trial ends, after those of its epochs, so who reads a trial and then its epochs
 finds them all. The epochs of running trials are written at most every EPOCHS_SECONDS.

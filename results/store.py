@@ -134,6 +134,7 @@ class Experiment:
             log = EventLog(unfinished / "events")
             log.append(ExperimentStarted(at=time.time(), info=info))
             log.close()
+            Tables(unfinished, _read_history(unfinished)).rebuild()
             unfinished.rename(root)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
