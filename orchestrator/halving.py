@@ -1,72 +1,247 @@
-"""Early stopping by rungs. What is decided here is a pure function of what came before.
+"""Strategies of early stopping by rungs. What is decided is a pure function of what was told, in the order it came.
 
-A rung is a number of epochs at which a trial is compared with those that came to it earlier.
+A rung is a number of epochs after which a trial is compared with others that came so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
+
+from trainables.course import Leg, complete_schedules, trunk_and_branches, whole
+
+BANDS = 3
+BRANCH_FRACTION = 0.25
+LATEST_RUNG = 0.8
+Verdict = Literal["continue", "stop", "pause"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What a strategy is made for: the first rung at `grace_epochs`, each next one `factor` times later."""
+
+    grace_epochs: int
+    max_epochs: int
+    factor: float
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs of the rungs, all below `max_epochs`."""
+        rungs: list[int] = []
+        epochs = float(self.grace_epochs)
+        while int(epochs) < self.max_epochs:
+            if int(epochs) not in rungs:
+                rungs.append(int(epochs))
+            epochs *= self.factor
+        return rungs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial as a strategy knows it. `strength`: of its regularization, 0 for the weakest in the space, 1 for the
+    strongest."""
+
+    trial_id: str
+    strength: float = 0.5
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`rung`: 1 for the first, None between rungs."""
+    """`pause`: the trial waits until `Halving.next_promotion` names it. `rung`: 1 for the first, None between rungs."""
 
-    go_on: bool
+    verdict: Verdict
     rung: int | None = None
 
 
-class Halving(Protocol):
-    """A strategy of early stopping. Its state is what `judge` has been told; replaying a log restores it."""
+class Halving:
+    """Every trial is trained to its end; what all strategies have in common, for them to override.
 
-    rung_epochs: list[int]
+    A strategy's state is what it has been told by `judge` and `promote`; replaying a log restores it.
+    """
 
-    def judge(self, trial_id: str, *, epoch: int, value: float) -> Judgement:
-        """Take note of a trial's metric after an epoch, and say whether it goes on."""
+    judges_average: ClassVar[bool] = True
+    """Whether rungs compare the figures of the moving average of the weights, where there is one, or of the raw ones."""
+    needs_average: ClassVar[bool] = False
+
+    def __init__(self, ladder: Ladder) -> None:
+        self.ladder = ladder
+        self.course: tuple[Leg, ...] = whole(ladder.max_epochs)
+        self.rung_epochs: list[int] = []
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+        """Take note of a trial's score (higher is better) after an epoch, and say whether it goes on.
+
+        Called for every epoch of every trial, the last included, unless it is not finite. `epoch` counts all epochs
+        trained in the trial. `counts`: whether others are to be compared with it from now on.
+        """
+        return Judgement("continue")
+
+    def next_promotion(self) -> str | None:
+        """The waiting trial that may go on now, if there is one."""
+        return None
+
+    def promote(self, trial_id: str) -> None:
+        """Let a waiting trial go on."""
+        raise ValueError(f"{trial_id} does not wait")
+
+    def is_waiting(self, trial_id: str) -> bool:
+        """Whether a trial has been paused and not promoted since."""
+        return False
+
+    def may_go_on(self, trial_id: str) -> bool:
+        """Whether a waiting trial is among those that could be promoted now."""
+        return False
+
+    def forecast(self, trial_id: str) -> float | None:
+        """The score that a trial would have ended with, as far as the strategy can tell; None if it cannot."""
+        return None
 
 
-class Asha:
+class Rungs(Halving):
+    """A strategy that compares trials at rungs."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        self.rung_epochs = ladder.rungs
+        self.rungs: list[dict[str, float]] = [{} for _ in self.rung_epochs]
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+        """See Halving."""
+        if epoch not in self.rung_epochs:
+            return Judgement("continue")
+        index = self.rung_epochs.index(epoch)
+        verdict = self._compare(candidate, index, score)
+        if counts:
+            self.rungs[index][candidate.trial_id] = score
+        return Judgement(verdict, index + 1)
+
+    def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
+        """The verdict on a trial at a rung that does not know it yet."""
+        raise NotImplementedError
+
+    def _among(self, score: float, others: np.ndarray) -> Verdict:
+        """Whether a score is among the upper 1/factor of others; the first always is."""
+        if not len(others):
+            return "continue"
+        return "continue" if score >= float(np.quantile(others, 1 - 1 / self.ladder.factor)) else "stop"
+
+
+class Asha(Rungs):
     """Asynchronous successive halving, the stopping variant of Ray Tune (Li et al. 2020, "A system for massively
     parallel hyperparameter tuning"): a trial that comes to a rung goes on unless its value is below the
     (1 - 1/factor) quantile of the values recorded there before it. The first one always goes on.
     """
 
-    def __init__(self, *, grace_epochs: int, max_epochs: int, factor: float, mode: Literal["max", "min"]) -> None:
-        self.rung_epochs: list[int] = []
-        epochs = float(grace_epochs)
-        while int(epochs) < max_epochs:
-            if int(epochs) not in self.rung_epochs:
-                self.rung_epochs.append(int(epochs))
-            epochs *= factor
-        self.rungs: list[dict[str, float]] = [{} for _ in self.rung_epochs]
-        self._sign = 1.0 if mode == "max" else -1.0
-        self._quantile = 1 - 1 / factor
+    judges_average = False
 
-    def judge(self, trial_id: str, *, epoch: int, value: float) -> Judgement:
-        """See Halving. Recorded values are negated when lower is better."""
-        if epoch not in self.rung_epochs:
-            return Judgement(go_on=True)
-        index = self.rung_epochs.index(epoch)
-        recorded = self.rungs[index]
-        value *= self._sign
-        go_on = not recorded or value >= float(np.quantile(list(recorded.values()), self._quantile))
-        recorded[trial_id] = value
-        return Judgement(go_on=go_on, rung=index + 1)
+    def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
+        return self._among(score, np.fromiter(self.rungs[index].values(), float))
 
 
-class NoHalving:
-    """Every trial is trained to its end."""
+class AshaOfAverages(Asha):
+    """`Asha` whose rungs compare the moving averages of the weights, which fluctuate less at a high learning rate."""
 
-    def __init__(self, *, grace_epochs: int, max_epochs: int, factor: float, mode: Literal["max", "min"]) -> None:
-        self.rung_epochs: list[int] = []
+    judges_average = True
+    needs_average = True
 
-    def judge(self, trial_id: str, *, epoch: int, value: float) -> Judgement:
+
+class Stratified(Rungs):
+    """Rungs compare a trial only with those whose regularization is about as strong: within a third of the strengths
+    seen at the rung so far. Strong regularization, which learns more slowly, is not measured against weak."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        self._strengths: list[dict[str, float]] = [{} for _ in self.rung_epochs]
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
         """See Halving."""
-        return Judgement(go_on=True)
+        judgement = super().judge(candidate, epoch=epoch, score=score, counts=counts)
+        if counts and judgement.rung is not None:
+            self._strengths[judgement.rung - 1][candidate.trial_id] = candidate.strength
+        return judgement
+
+    def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
+        strengths = np.fromiter(self._strengths[index].values(), float)
+        scores = np.fromiter(self.rungs[index].values(), float)
+        if len(scores) < BANDS:
+            return "continue"
+        limits = np.quantile(strengths, np.arange(1, BANDS) / BANDS)
+        same = np.searchsorted(limits, strengths) == np.searchsorted(limits, candidate.strength)
+        return self._among(score, scores[same])
 
 
-HALVINGS: dict[str, Callable[..., Halving]] = {"asha": Asha, "none": NoHalving}
+class Stable(Asha):
+    """`Asha` on a constant learning rate: a rung's value is that of a short branch in which the rate falls to zero, so
+    that trials are compared as if they ended there. A branch takes a quarter of the epochs before it."""
+
+    judges_average = True
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        rungs = ladder.rungs
+        lengths = [max(1, round(BRANCH_FRACTION * rung)) for rung in rungs]
+        self.course = trunk_and_branches(rungs, max_epochs=ladder.max_epochs, branch_epochs=lengths)
+        self.rung_epochs = [rung + sum(lengths[: i + 1]) for i, rung in enumerate(rungs)]
+
+
+class Promotion(Rungs):
+    """Asynchronous successive halving as published (Li et al. 2020, algorithm 2): at each rung a trial has finished a
+    schedule of its own and waits; when it comes to be among the upper 1/factor of the rung it is trained anew with the
+    next rung's schedule."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        budgets = [*ladder.rungs, ladder.max_epochs]
+        self.course = complete_schedules(budgets)
+        self.rung_epochs = [sum(budgets[: i + 1]) for i in range(len(budgets) - 1)]
+        self._waiting: list[set[str]] = [set() for _ in self.rung_epochs]
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+        """See Halving."""
+        judgement = super().judge(candidate, epoch=epoch, score=score, counts=counts)
+        if judgement.rung is not None:
+            self._waiting[judgement.rung - 1].add(candidate.trial_id)
+        return judgement
+
+    def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
+        return "pause"
+
+    def next_promotion(self) -> str | None:
+        """See Halving: the best of the highest rung that has one."""
+        for index in reversed(range(len(self.rungs))):
+            for trial_id in self._upper(index):
+                if trial_id in self._waiting[index]:
+                    return trial_id
+        return None
+
+    def _upper(self, index: int) -> list[str]:
+        """The upper 1/factor of a rung, the best first."""
+        rung = self.rungs[index]
+        return sorted(rung, key=lambda trial_id: -rung[trial_id])[: int(len(rung) / self.ladder.factor)]
+
+    def promote(self, trial_id: str) -> None:
+        """See Halving."""
+        waiting = next((w for w in self._waiting if trial_id in w), None)
+        if waiting is None:
+            raise ValueError(f"{trial_id} does not wait")
+        waiting.remove(trial_id)
+
+    def is_waiting(self, trial_id: str) -> bool:
+        """See Halving."""
+        return any(trial_id in waiting for waiting in self._waiting)
+
+    def may_go_on(self, trial_id: str) -> bool:
+        """See Halving."""
+        return any(trial_id in waiting and trial_id in self._upper(i) for i, waiting in enumerate(self._waiting))
+
+
+HALVINGS: dict[str, type[Halving]] = {
+    "asha": Asha,
+    "asha_ema": AshaOfAverages,
+    "promote": Promotion,
+    "stable": Stable,
+    "stratified": Stratified,
+    "none": Halving,
+}
