@@ -8,14 +8,14 @@ to [0, 1]. Scores are fractions of accuracy. What is assumed:
 
       F(x, l) - (d + (1 - a) K(x)) q(n) - h (p + a K(x)),
 
-  where q falls from 1 (n = 0) to 0 (n = E) exponentially. K(x) = severity * 0.5 x (1 + c x) / (1 + c / 2) is what strong
-  regularization costs early on. A part 1 - a of it is slowness, which every kind of training suffers from that is
-  short; a part a is paid only while the rate is high, and comes back as soon as the rate falls.
+  where q falls from 1 (n = 0) to 0 (n = E) exponentially. K(x) = severity * 0.5 x (1 + c x) / (1 + c / 2) is what
+  strong regularization costs early on. A part 1 - a of it is slowness, which every kind of training suffers from that
+  is short; a part a is paid only while the rate is high, and comes back as soon as the rate falls.
 - Severity 0: K = 0, so early ranks are those at the end, but for noise. Severity 1: at a ninth of the epochs the rank
   over x is upside down.
-- h is that of the leg: a cosine over its own epochs (whole or short), 1 on a constant-rate trunk whose last fifth decays
-  linearly, linear to 0 in a branch. A short schedule or a branch of n epochs therefore ends at what n annealed epochs
-  give; no length of branch is too short, and a trunk ends as high as a cosine does. Both are optimistic.
+- h is that of the leg: a cosine over its own epochs (whole or short), 1 on a constant-rate trunk whose last fifth
+  decays linearly, linear to 0 in a branch. A short schedule or a branch of n epochs therefore ends at what n annealed
+  epochs give; no branch is too short, and a trunk ends as high as a cosine does. Both are optimistic.
 - Averaged weights (EMA) suffer 0.4 of the terms with h.
 - Every training adds N(0, 0.003) to all its readings, every reading N(0, 0.01) for the finite validation set; raw
   weights fluctuate by N(0, 0.02 h) more, averaged ones by 0.3 of that.

@@ -30,8 +30,7 @@ from rich.table import Table
 from benchmarks.crossing_curves import DIMENSIONS, CrossingCurves, CurveTraining
 from benchmarks.pool import read_pool, replayed
 from benchmarks.simulated_search import WORKERS, SimulatedSearch, SimulatedTrial, picked
-from orchestrator.forecasting import Forecasting
-from orchestrator.halving import HALVINGS, Ladder
+from orchestrator.halving import HALVINGS, Forecasting, Ladder
 from orchestrator.proposals import startup_trials
 from orchestrator.statistics import interval, resampled_means
 from results.schema import FloatArray

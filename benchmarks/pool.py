@@ -228,8 +228,7 @@ def replayed(
     strategy."""
     size = len(pool.configurations)
     draws = [(-1, np.arange(size), ORDERS)]
-    for draw in range(POOLS):
-        draws.append((draw, np.random.default_rng([seed, 1, draw]).integers(0, size, size), ORDERS_PER_POOL))
+    draws += [(d, np.random.default_rng([seed, 1, d]).integers(0, size, size), ORDERS_PER_POOL) for d in range(POOLS)]
     rows = []
     for draw, drawn, orders in draws:
         for order in range(orders):

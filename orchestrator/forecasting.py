@@ -1,127 +1,135 @@
-"""draft"""
+"""What a trial would end with, from its score at a rung and the strength of its regularization.
+
+Whether a trial is trained on depends on nothing else than those two, so a regression on both that is fitted to the
+trials that were trained to their end stays valid for those that were stopped (selection on observed covariates:
+Little & Rubin 2019, "Statistical analysis with missing data", chapter 1).
+
+Shape suffixes: N trials, K = 4 features.
+"""
+
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
 import numpy as np
-from scipy.stats import t as student
 
-from orchestrator.halving import HALVINGS, Candidate, Halving, Judgement, Ladder, Verdict, BANDS
+from results.schema import FloatArray
+
+SLOPE_DEVIATION = 0.5
+NOISE_SHARE = 0.3
+PRIOR_TRIALS = 4
+FLAT = 1e3
+TINY = 1e-9
+FIRST_CAPACITY = 64
 
 
-class Rung:
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Expected final scores, and the standard deviations of these expectations (without the noise of one training)."""
+
+    mean_N: FloatArray
+    deviation_N: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalScores:
+    """Bayesian linear regression of what is still to come, conjugate in the noise (Gelman et al. 2013, "Bayesian data
+    analysis", chapter 14; Bishop 2006, section 3.3):
+
+        final - score = w0 + w1 (score - centre) + w2 z + w3 z^2 + noise,    z = 2 strength - 1 in [-1, 1].
+
+    With r the spread of the scores at the rung, before any trial has ended: w0 is anything, w1 is N(0, 0.5), w2 and w3
+    are N(0, r), the noise's variance is as if 4 trials had been seen with a deviation of 0.3 r. So the final score is
+    expected to be the rung's plus the same for all, until the trials say otherwise, and what is not known about
+    strengths of which none has ended widens `Forecast.deviation_N`.
+    """
+
+    centre: float
+    weights_K: FloatArray
+    covariance_KK: FloatArray
+
+    @classmethod
+    def fit(cls, score_N: FloatArray, strength_N: FloatArray, final_N: FloatArray, *, spread: float) -> FinalScores:
+        """The posterior after trials that ended with `final_N`. `spread`: standard deviation of the rung's scores."""
+        centre = float(score_N.mean())
+        features_NK, still_N = _features(score_N - centre, strength_N), final_N - score_N
+        spread = max(spread, TINY)
+        noise = NOISE_SHARE * spread
+        flat = FLAT * (abs(float(still_N.mean())) + spread)
+        precision_KK = np.diag((noise / np.array([flat, SLOPE_DEVIATION, spread, spread])) ** 2)
+        covariance_KK = np.linalg.inv(features_NK.T @ features_NK + precision_KK)
+        weights_K = covariance_KK @ features_NK.T @ still_N
+        squares = float(((still_N - features_NK @ weights_K) ** 2).sum() + weights_K @ precision_KK @ weights_K)
+        variance = (PRIOR_TRIALS * noise**2 + squares) / (PRIOR_TRIALS + len(still_N))
+        return cls(centre=centre, weights_K=weights_K, covariance_KK=variance * covariance_KK)
+
+    def forecast(self, score_N: FloatArray, strength_N: FloatArray) -> Forecast:
+        """Of trials with these scores at the rung."""
+        features_NK = _features(score_N - self.centre, strength_N)
+        variance_N = ((features_NK @ self.covariance_KK) * features_NK).sum(axis=1)
+        return Forecast(mean_N=score_N + features_NK @ self.weights_K, deviation_N=np.sqrt(variance_N))
+
+
+def _features(score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
+    z_N = 2 * strength_N - 1
+    return np.stack([np.ones_like(z_N), score_N, z_N, z_N**2], axis=1)
+
+
+class RungTable:
+    """The trials that came to a rung: their scores there, strengths, final scores (nan until known), and whether others
+    are compared with them. Grows by doubling, so that a trial costs the same however many there are."""
+
     def __init__(self) -> None:
-        self.index: dict[str, int] = {}
-        self.scores: list[float] = []
-        self.strengths: list[float] = []
-        self.finals: list[float] = []
-        self.counted: list[bool] = []
+        self._rows = np.empty((FIRST_CAPACITY, 4))
+        self._places: dict[str, int] = {}
 
-    def add(self, cand: Candidate, score: float, counts: bool) -> None:
-        self.index[cand.trial_id] = len(self.scores)
-        self.scores.append(score); self.strengths.append(cand.strength); self.finals.append(math.nan); self.counted.append(counts)
+    def __len__(self) -> int:
+        return len(self._places)
 
+    def __contains__(self, trial_id: object) -> bool:
+        return trial_id in self._places
 
-class Forecasting(Halving):
-    needs_average = True
-    def __init__(self, ladder: Ladder, *, optimism=1.0, least=5, rule="top", quad=True, fallback="stratified", smooth="max", slope_sd=0.5, s_sd=1.0, delta=0.1, quantile=None) -> None:
-        super().__init__(ladder)
-        self.__dict__.update(optimism=optimism, least=least, rule=rule, quad=quad, fallback=fallback, smooth=smooth, slope_sd=slope_sd, s_sd=s_sd, delta=delta,quantile=quantile)
-        self.rung_epochs = ladder.rungs
-        self.rungs = [Rung() for _ in self.rung_epochs]
-        self.recent: dict[str, list[float]] = {}
+    def put(self, trial_id: str, *, score: float, strength: float, counts: bool) -> None:
+        """Add a trial, or replace what was known of it."""
+        place = self._places.setdefault(trial_id, len(self._places))
+        if place == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._rows[place] = (score, strength, math.nan, counts)
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
-        h = self.recent.setdefault(candidate.trial_id, []); h.append(score)
-        if epoch == self.ladder.max_epochs:
-            for r in self.rungs:
-                i = r.index.get(candidate.trial_id)
-                if i is not None: r.finals[i] = max(h)
-            return Judgement("continue")
-        if epoch not in self.rung_epochs:
-            return Judgement("continue")
-        k = self.rung_epochs.index(epoch)
-        v = {"max": max(h), "last": score, "mean3": float(np.mean(h[-3:]))}[self.smooth]
-        r = self.rungs[k]
-        verdict = self._compare(k, candidate, v)
-        r.add(candidate, v, counts)
-        return Judgement(verdict, k + 1)
+    def end(self, trial_id: str, *, final: float) -> None:
+        """Note what a trial of the table ended with."""
+        self._rows[self._places[trial_id], 2] = final
 
-    def features(self, v, s):
-        c = [np.ones_like(v), v - self.v0, (s - .5) * 2]
-        if self.quad: c.append(((s - .5) * 2) ** 2)
-        return np.stack(c, 1)
+    def row(self, trial_id: str) -> tuple[FloatArray, FloatArray]:
+        """Score and strength of a trial, one each."""
+        row = self._rows[self._places[trial_id]]
+        return row[:1], row[1:2]
 
-    def fit(self, k):
-        r = self.rungs[k]
-        v, s, y = np.array(r.scores), np.array(r.strengths), np.array(r.finals)
-        done = ~np.isnan(y)
-        n = done.sum()
-        if n < max(self.least, 1): return None
-        self.v0 = v[done].mean()
-        spread = max(float(np.std(v)), 1e-9)
-        g = y[done] - v[done]
-        X = self.features(v[done], s[done])
-        noise0 = 0.3 * spread  # prior noise sd
-        prior_sd = np.array([10 * (abs(g.mean())+spread), self.slope_sd, self.s_sd * spread, self.s_sd * spread][: X.shape[1]])
-        # conjugate: noise var unknown, prior in units of noise0
-        P = np.diag((noise0 / prior_sd) ** 2)
-        A = X.T @ X + P
-        m = np.linalg.solve(A, X.T @ g)
-        nu0 = 4.0
-        rss = float(((g - X @ m) ** 2).sum() + m @ P @ m)
-        nu = nu0 + n
-        s2 = (nu0 * noise0**2 + rss) / nu
-        return m, np.linalg.inv(A), s2, nu, done
+    @property
+    def score_N(self) -> FloatArray:
+        """Scores at the rung."""
+        return self._rows[: len(self), 0]
 
-    def predict(self, f, v, s):
-        m, C, s2, nu, _ = f
-        X = self.features(v, s)
-        return v + X @ m, np.sqrt(s2 * np.einsum("ij,jk,ik->i", X, C, X)), math.sqrt(s2)
+    @property
+    def strength_N(self) -> FloatArray:
+        """Strengths of regularization."""
+        return self._rows[: len(self), 1]
 
-    def _compare(self, k, cand, score) -> Verdict:
-        r = self.rungs[k]
-        f = self.fit(k)
-        if f is None:
-            return self._early(k, cand, score)
-        mean, sd, noise = self.predict(f, np.array([score]), np.array([cand.strength]))
-        v, s, y = np.array(r.scores), np.array(r.strengths), np.array(r.finals)
-        done = f[-1]
-        if self.rule == "top":
-            others, _, _ = self.predict(f, v, s)
-            others = np.where(done, .0 * y + 1. * others, others)
-            others = others[np.array(r.counted)]
-            q = self.quantile or (1 - 1 / self.ladder.factor)
-            return "continue" if mean[0] + self.optimism * sd[0] >= np.quantile(others, q) else "stop"
-        best = np.nanmax(y)
-        if self.rule == "third": best = np.sort(y[done])[-min(3, done.sum())]
-        if self.rule == "mean_best":
-            fit, _, _ = self.predict(f, v[done], s[done])
-            best = fit.max()
-        p = student.sf((best - mean[0]) / math.hypot(sd[0], noise), f[3])
-        return "continue" if p >= self.delta else "stop"
+    @property
+    def final_N(self) -> FloatArray:
+        """Final scores, nan of trials that have not ended."""
+        return self._rows[: len(self), 2]
 
-    def _early(self, k, cand, score):
-        if self.fallback == "none": return "continue"
-        r = self.rungs[k]
-        s, v = np.array(r.strengths), np.array(r.scores)
-        if self.fallback == "asha": same = np.ones(len(s), bool)
-        else:
-            if len(s) < BANDS: return "continue"
-            lim = np.quantile(s, np.arange(1, BANDS) / BANDS)
-            same = np.searchsorted(lim, s) == np.searchsorted(lim, cand.strength)
-        if not same.any(): return "continue"
-        return "continue" if score >= np.quantile(v[same], 1 - 1 / self.ladder.factor) else "stop"
+    @property
+    def counts_N(self) -> np.ndarray:
+        """Whether others are compared with it."""
+        return self._rows[: len(self), 3] > 0
 
-    def forecast(self, trial_id: str) -> float | None:
-        for k in reversed(range(len(self.rungs))):
-            i = self.rungs[k].index.get(trial_id)
-            if i is None: continue
-            f = self.fit(k)
-            if f is None: continue
-            r = self.rungs[k]
-            mean, _, _ = self.predict(f, np.array([r.scores[i]]), np.array([r.strengths[i]]))
-            return float(mean[0])
-        return None
-
-
-HALVINGS["forecast"] = Forecasting
+    def regression(self, *, least: int) -> FinalScores | None:
+        """Fitted to the trials that have ended; None while there are fewer than `least`."""
+        ended_N = ~np.isnan(self.final_N)
+        if int(ended_N.sum()) < least:
+            return None
+        known = (self.score_N[ended_N], self.strength_N[ended_N], self.final_N[ended_N])
+        return FinalScores.fit(*known, spread=float(self.score_N.std()))

@@ -10,11 +10,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from orchestrator.forecasting import RungTable
 from trainables.course import Leg, complete_schedules, trunk_and_branches, whole
 
 BANDS = 3
 BRANCH_FRACTION = 0.25
 LATEST_RUNG = 0.8
+LEAST_ENDED = 5
+OPTIMISM = 1.0
 Verdict = Literal["continue", "stop", "pause"]
 
 
@@ -237,11 +240,65 @@ class Promotion(Rungs):
         return any(trial_id in waiting and trial_id in self._upper(i) for i, waiting in enumerate(self._waiting))
 
 
+class Forecasting(Halving):
+    """Rungs compare what trials are expected to end with, not what they have: see orchestrator/forecasting.py.
+
+    A trial goes on unless `OPTIMISM` standard deviations above its own forecast lie below the upper 1/factor of the
+    forecasts of the others that came to the rung, those that were stopped there included. Until `LEAST_ENDED` trials
+    have ended nothing is known of what strength of regularization does, and none is stopped. A score is the best so
+    far, as a trial's final one is: that of its best epoch.
+    """
+
+    needs_average = True
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        self.rung_epochs = ladder.rungs
+        self.rungs = [RungTable() for _ in self.rung_epochs]
+        self._best: dict[str, float] = {}
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+        """See Halving. Trials whose score no longer counts are learned from all the same."""
+        trial_id = candidate.trial_id
+        best = self._best[trial_id] = max(score, self._best.get(trial_id, score))
+        if epoch == self.ladder.max_epochs:
+            self._end(trial_id, best)
+        if epoch not in self.rung_epochs:
+            return Judgement("continue")
+        index = self.rung_epochs.index(epoch)
+        verdict = self._compare(self.rungs[index], candidate, best)
+        self.rungs[index].put(trial_id, score=best, strength=candidate.strength, counts=counts)
+        return Judgement(verdict, index + 1)
+
+    def _end(self, trial_id: str, final: float) -> None:
+        """Learn from a trial that was trained to its end."""
+        for rung in self.rungs:
+            if trial_id in rung:
+                rung.end(trial_id, final=final)
+
+    def _compare(self, rung: RungTable, candidate: Candidate, score: float) -> Verdict:
+        """The verdict on a trial at a rung that does not know it yet."""
+        regression = rung.regression(least=LEAST_ENDED)
+        if regression is None or not rung.counts_N.any():
+            return "continue"
+        own = regression.forecast(np.array([score]), np.array([candidate.strength]))
+        others = regression.forecast(rung.score_N[rung.counts_N], rung.strength_N[rung.counts_N]).mean_N
+        hoped = own.mean_N[0] + OPTIMISM * own.deviation_N[0]
+        return "continue" if hoped >= np.quantile(others, 1 - 1 / self.ladder.factor) else "stop"
+
+    def forecast(self, trial_id: str) -> float | None:
+        """See Halving: from the latest rung that the trial came to."""
+        reached = [rung for rung in self.rungs if trial_id in rung]
+        regression = reached[-1].regression(least=LEAST_ENDED) if reached else None
+        return None if regression is None else float(regression.forecast(*reached[-1].row(trial_id)).mean_N[0])
+
+
 HALVINGS: dict[str, type[Halving]] = {
     "asha": Asha,
     "asha_ema": AshaOfAverages,
     "promote": Promotion,
     "stable": Stable,
     "stratified": Stratified,
+    "forecast": Forecasting,
     "none": Halving,
 }

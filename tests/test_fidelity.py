@@ -19,9 +19,7 @@ from results.schema import UsageError
 from trainables.course import num_epochs, whole
 
 LADDER = Ladder(grace_epochs=3, max_epochs=27, factor=3.0)
-JOB = Job(
-    strategy="asha", severity=0.5, seed=7, max_epochs=27, grace_epochs=3, budget_epochs=270, control_fraction=0.0
-)
+JOB = Job(strategy="asha", severity=0.5, seed=7, max_epochs=27, grace_epochs=3, budget_epochs=270, control_fraction=0.0)
 
 
 def curves(severity: float, *, seed: int = 0) -> CrossingCurves:
