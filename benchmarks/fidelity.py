@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +35,7 @@ from orchestrator.proposals import startup_trials
 from orchestrator.statistics import interval, resampled_means
 from results.schema import FloatArray
 
-SPACE = {name: FloatDistribution(0.0, 1.0) for name in DIMENSIONS}
+SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in DIMENSIONS}
 REFERENCE = "asha"
 POINTS = 100
 
@@ -96,7 +96,7 @@ class OptunaProposals:
         again = trial.number in self._closed
         self._closed.add(trial.number)
         if trial.status == "completed" and again:
-            self._study.add_trial(create_trial(params=asked.params, distributions=dict(SPACE), value=trial.observed))
+            self._study.add_trial(create_trial(params=asked.params, distributions=SPACE, value=trial.observed))
         elif trial.status == "completed":
             self._study.tell(asked, trial.observed)
         elif self._told == "forecast" and forecast is not None:

@@ -25,14 +25,6 @@ FIRST_CAPACITY = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """Expected final scores, and the standard deviations of these expectations (without the noise of one training)."""
-
-    mean_N: FloatArray
-    deviation_N: FloatArray
-
-
-@dataclass(frozen=True, kw_only=True)
 class FinalScores:
     """Bayesian linear regression of what is still to come, conjugate in the noise (Gelman et al. 2013, "Bayesian data
     analysis", chapter 14; Bishop 2006, section 3.3):
@@ -42,7 +34,7 @@ class FinalScores:
     With r the spread of the scores at the rung, before any trial has ended: w0 is anything, w1 is N(0, 0.5), w2 and w3
     are N(0, r), the noise's variance is as if 4 trials had been seen with a deviation of 0.3 r. So the final score is
     expected to be the rung's plus the same for all, until the trials say otherwise, and what is not known about
-    strengths of which none has ended widens `Forecast.deviation_N`.
+    strengths of which none has ended widens `deviation`.
     """
 
     centre: float
@@ -64,11 +56,14 @@ class FinalScores:
         variance = (PRIOR_TRIALS * noise**2 + squares) / (PRIOR_TRIALS + len(still_N))
         return cls(centre=centre, weights_K=weights_K, covariance_KK=variance * covariance_KK)
 
-    def forecast(self, score_N: FloatArray, strength_N: FloatArray) -> Forecast:
-        """Of trials with these scores at the rung."""
+    def mean(self, score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
+        """Final scores [N] that are expected of trials with these scores at the rung."""
+        return score_N + _features(score_N - self.centre, strength_N) @ self.weights_K
+
+    def deviation(self, score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
+        """Standard deviations [N] of what is expected, without the noise of a single training."""
         features_NK = _features(score_N - self.centre, strength_N)
-        variance_N = ((features_NK @ self.covariance_KK) * features_NK).sum(axis=1)
-        return Forecast(mean_N=score_N + features_NK @ self.weights_K, deviation_N=np.sqrt(variance_N))
+        return np.sqrt(((features_NK @ self.covariance_KK) * features_NK).sum(axis=1))
 
 
 def _features(score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
@@ -81,7 +76,7 @@ class RungTable:
     are compared with them. Grows by doubling, so that a trial costs the same however many there are."""
 
     def __init__(self) -> None:
-        self._rows = np.empty((FIRST_CAPACITY, 4))
+        self._columns = np.empty((4, FIRST_CAPACITY))
         self._places: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -93,43 +88,43 @@ class RungTable:
     def put(self, trial_id: str, *, score: float, strength: float, counts: bool) -> None:
         """Add a trial, or replace what was known of it."""
         place = self._places.setdefault(trial_id, len(self._places))
-        if place == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
-        self._rows[place] = (score, strength, math.nan, counts)
+        if place == self._columns.shape[1]:
+            self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
+        self._columns[:, place] = (score, strength, math.nan, counts)
 
     def end(self, trial_id: str, *, final: float) -> None:
         """Note what a trial of the table ended with."""
-        self._rows[self._places[trial_id], 2] = final
+        self._columns[2, self._places[trial_id]] = final
 
     def row(self, trial_id: str) -> tuple[FloatArray, FloatArray]:
         """Score and strength of a trial, one each."""
-        row = self._rows[self._places[trial_id]]
-        return row[:1], row[1:2]
+        place = self._places[trial_id]
+        return self._columns[0, place : place + 1], self._columns[1, place : place + 1]
 
     @property
-    def score_N(self) -> FloatArray:
+    def scores(self) -> FloatArray:
         """Scores at the rung."""
-        return self._rows[: len(self), 0]
+        return self._columns[0, : len(self)]
 
     @property
-    def strength_N(self) -> FloatArray:
+    def strengths(self) -> FloatArray:
         """Strengths of regularization."""
-        return self._rows[: len(self), 1]
+        return self._columns[1, : len(self)]
 
     @property
-    def final_N(self) -> FloatArray:
+    def finals(self) -> FloatArray:
         """Final scores, nan of trials that have not ended."""
-        return self._rows[: len(self), 2]
+        return self._columns[2, : len(self)]
 
     @property
-    def counts_N(self) -> np.ndarray:
+    def counted(self) -> np.ndarray:
         """Whether others are compared with it."""
-        return self._rows[: len(self), 3] > 0
+        return self._columns[3, : len(self)] > 0
 
     def regression(self, *, least: int) -> FinalScores | None:
         """Fitted to the trials that have ended; None while there are fewer than `least`."""
-        ended_N = ~np.isnan(self.final_N)
+        ended_N = ~np.isnan(self.finals)
         if int(ended_N.sum()) < least:
             return None
-        known = (self.score_N[ended_N], self.strength_N[ended_N], self.final_N[ended_N])
-        return FinalScores.fit(*known, spread=float(self.score_N.std()))
+        known = (self.scores[ended_N], self.strengths[ended_N], self.finals[ended_N])
+        return FinalScores.fit(*known, spread=float(self.scores.std()))

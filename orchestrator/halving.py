@@ -65,7 +65,7 @@ class Halving:
     """
 
     judges_average: ClassVar[bool] = True
-    """Whether rungs compare the figures of the moving average of the weights, where there is one, or of the raw ones."""
+    """Whether rungs compare the moving average of the weights, where there is one, or the raw ones."""
     needs_average: ClassVar[bool] = False
 
     def __init__(self, ladder: Ladder) -> None:
@@ -102,6 +102,13 @@ class Halving:
         return None
 
 
+def among(score: float, others: np.ndarray, *, factor: float) -> Verdict:
+    """Whether a score is among the upper 1/factor of others; the first always is."""
+    if not len(others):
+        return "continue"
+    return "continue" if score >= float(np.quantile(others, 1 - 1 / factor)) else "stop"
+
+
 class Rungs(Halving):
     """A strategy that compares trials at rungs."""
 
@@ -124,12 +131,6 @@ class Rungs(Halving):
         """The verdict on a trial at a rung that does not know it yet."""
         raise NotImplementedError
 
-    def _among(self, score: float, others: np.ndarray) -> Verdict:
-        """Whether a score is among the upper 1/factor of others; the first always is."""
-        if not len(others):
-            return "continue"
-        return "continue" if score >= float(np.quantile(others, 1 - 1 / self.ladder.factor)) else "stop"
-
 
 class Asha(Rungs):
     """Asynchronous successive halving, the stopping variant of Ray Tune (Li et al. 2020, "A system for massively
@@ -140,7 +141,7 @@ class Asha(Rungs):
     judges_average = False
 
     def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
-        return self._among(score, np.fromiter(self.rungs[index].values(), float))
+        return among(score, np.fromiter(self.rungs[index].values(), float), factor=self.ladder.factor)
 
 
 class AshaOfAverages(Asha):
@@ -172,7 +173,7 @@ class Stratified(Rungs):
             return "continue"
         limits = np.quantile(strengths, np.arange(1, BANDS) / BANDS)
         same = np.searchsorted(limits, strengths) == np.searchsorted(limits, candidate.strength)
-        return self._among(score, scores[same])
+        return among(score, scores[same], factor=self.ladder.factor)
 
 
 class Stable(Asha):
@@ -279,18 +280,18 @@ class Forecasting(Halving):
     def _compare(self, rung: RungTable, candidate: Candidate, score: float) -> Verdict:
         """The verdict on a trial at a rung that does not know it yet."""
         regression = rung.regression(least=LEAST_ENDED)
-        if regression is None or not rung.counts_N.any():
+        if regression is None:
             return "continue"
-        own = regression.forecast(np.array([score]), np.array([candidate.strength]))
-        others = regression.forecast(rung.score_N[rung.counts_N], rung.strength_N[rung.counts_N]).mean_N
-        hoped = own.mean_N[0] + OPTIMISM * own.deviation_N[0]
-        return "continue" if hoped >= np.quantile(others, 1 - 1 / self.ladder.factor) else "stop"
+        own = np.array([score]), np.array([candidate.strength])
+        hoped = (regression.mean(*own) + OPTIMISM * regression.deviation(*own))[0]
+        others = regression.mean(rung.scores[rung.counted], rung.strengths[rung.counted])
+        return among(hoped, others, factor=self.ladder.factor)
 
     def forecast(self, trial_id: str) -> float | None:
         """See Halving: from the latest rung that the trial came to."""
         reached = [rung for rung in self.rungs if trial_id in rung]
         regression = reached[-1].regression(least=LEAST_ENDED) if reached else None
-        return None if regression is None else float(regression.forecast(*reached[-1].row(trial_id)).mean_N[0])
+        return None if regression is None else float(regression.mean(*reached[-1].row(trial_id))[0])
 
 
 HALVINGS: dict[str, type[Halving]] = {
