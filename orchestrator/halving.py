@@ -16,7 +16,7 @@ from trainables.course import Leg, complete_schedules, trunk_and_branches, whole
 BANDS = 3
 BRANCH_FRACTION = 0.25
 LATEST_RUNG = 0.8
-LEAST_ENDED = 5
+LEAST_ENDED = 3
 OPTIMISM = 1.0
 Verdict = Literal["continue", "stop", "pause"]
 
