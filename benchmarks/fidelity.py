@@ -1,11 +1,12 @@
 """What early stopping costs when stronger regularization learns more slowly and ends better.
 
     python -m benchmarks.fidelity synthetic --output FOLDER      # invented curves (benchmarks/crossing_curves.py)
+    python -m benchmarks.fidelity table FILE ...                 # what `synthetic` wrote, in one table
     python -m benchmarks.fidelity pool --pool FOLDER             # recorded trainings (benchmarks/pool.py)
 
 Every strategy gets the same number of epochs, in which all that it trains counts. Synthetic: regret is the optimum's
 true final score minus that of the trial picked, in points of accuracy, over seeds of instance, sampler and noise that
-are the same for all strategies. Intervals: 95%, bootstrap over the seeds, paired for the ratio to `asha`.
+are the same for all strategies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -25,19 +26,15 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.crossing_curves import DIMENSIONS, CrossingCurves, CurveTraining
+from benchmarks.fidelity_tables import print_replays, print_synthetic
 from benchmarks.pool import read_pool, replayed
 from benchmarks.simulated_search import WORKERS, SimulatedSearch, SimulatedTrial, picked
 from orchestrator.halving import HALVINGS, Forecasting, Ladder
 from orchestrator.proposals import startup_trials
-from orchestrator.statistics import interval, resampled_means
-from results.schema import FloatArray
 
 SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in DIMENSIONS}
-REFERENCE = "asha"
-POINTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,56 +172,6 @@ def synthetic(args: argparse.Namespace) -> pd.DataFrame:
         return pd.DataFrame(list(workers.imap(outcome, jobs, chunksize=10)))
 
 
-def with_interval(values_N: FloatArray, *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean and its 95% bootstrap interval."""
-    low, high = interval(resampled_means(values_N[:, None], np.random.default_rng(seed))[:, 0])
-    return float(values_N.mean()), low, high
-
-
-def ratio_with_interval(values_N: FloatArray, to_N: FloatArray, *, seed: int = 0) -> tuple[float, float, float]:
-    """Ratio of two means over the same seeds, and its 95% interval by paired bootstrap."""
-    means_R2 = resampled_means(np.stack([values_N, to_N], axis=1), np.random.default_rng(seed))
-    low, high = interval(means_R2[:, 0] / means_R2[:, 1])
-    return float(values_N.mean() / to_N.mean()), low, high
-
-
-def summary(rows: pd.DataFrame) -> Iterator[dict[str, object]]:
-    """Per severity and strategy: mean regret in points with its interval, the ratio to REFERENCE, trials."""
-    regrets = rows.pivot(index="seed", columns=["severity", "strategy"], values="regret")
-    counts = rows.groupby(["severity", "strategy"])[["num_trials", "completed", "picked_strength"]].mean()
-    for severity, strategy in regrets.columns:
-        values = regrets[severity, strategy].to_numpy(float)
-        yield {
-            "severity": severity,
-            "strategy": strategy,
-            "regret": with_interval(POINTS * values),
-            "ratio": _ratio(regrets, severity, strategy),
-            **counts.loc[(severity, strategy)].to_dict(),
-        }
-
-
-def _ratio(regrets: pd.DataFrame, severity: float, strategy: str) -> tuple[float, float, float] | None:
-    """The ratio to REFERENCE, if it took part."""
-    if (severity, REFERENCE) not in regrets.columns:
-        return None
-    reference = regrets[severity, REFERENCE].to_numpy(float)
-    return ratio_with_interval(regrets[severity, strategy].to_numpy(float), reference)
-
-
-def cell(figure: tuple[float, float, float] | None) -> str:
-    """A figure with its interval."""
-    return "" if figure is None else f"{figure[0]:.2f} [{figure[1]:.2f}, {figure[2]:.2f}]"
-
-
-def print_synthetic(rows: pd.DataFrame, console: Console) -> None:
-    """The table of regrets."""
-    table = Table("severity", "strategy", "regret, points (95%)", f"ratio to {REFERENCE}", "trials", "to the end", "x")
-    for row in summary(rows):
-        counts = (f"{row['num_trials']:.0f}", f"{row['completed']:.0f}", f"{row['picked_strength']:.2f}")
-        table.add_row(f"{row['severity']:g}", str(row["strategy"]), cell(row["regret"]), cell(row["ratio"]), *counts)  # type: ignore[arg-type]
-    console.print(table)
-
-
 def replays(args: argparse.Namespace) -> pd.DataFrame:
     """All replays of a recorded pool."""
     pool = read_pool(args.pool)
@@ -237,23 +184,6 @@ def replays(args: argparse.Namespace) -> pd.DataFrame:
     ]
     rows = pd.concat(tables, ignore_index=True)
     return rows.assign(scored_by=pool.scored_by, max_epochs=pool.max_epochs, configurations=len(pool.configurations))
-
-
-def print_replays(rows: pd.DataFrame, console: Console) -> None:
-    """The table of regrets on a recorded pool."""
-    first = rows.iloc[0]
-    told = f"{first['configurations']} configurations, {first['max_epochs']} epochs, scored by {first['scored_by']}"
-    table = Table("budget", "strategy", "regret, points (95%)", "best tenth kept (95%)", "epochs spent", title=told)
-    for (budget, strategy), own in rows.groupby(["budget_epochs", "strategy"], sort=False):
-        means = own.groupby("pool_draw")[["regret", "kept_best", "epochs"]].mean()
-        pools = means.drop(index=-1)
-        regret, kept = (
-            (factor * means.loc[-1, name], *interval(factor * pools[name].to_numpy(float)))
-            for name, factor in (("regret", POINTS), ("kept_best", 1))
-        )
-        epochs = f"{means.loc[-1, 'epochs']:.0f}"
-        table.add_row(f"{budget / first['max_epochs']:g} E", str(strategy), cell(regret), cell(kept), epochs)
-    console.print(table)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -275,8 +205,11 @@ def parser() -> argparse.ArgumentParser:
     recorded.add_argument("--strategies", nargs="+", choices=list(HALVINGS))
     recorded.add_argument("--grace", type=int, help="epochs before the first rung (a ninth)")
     recorded.add_argument("--seed", type=int, default=0)
+    stored = modes.add_parser("table", help="what `synthetic` wrote")
+    stored.add_argument("files", type=Path, nargs="+")
     for mode in (invented, recorded):
         mode.add_argument("--control-fraction", type=float, default=0.0, help="of trials that are never stopped")
+    for mode in (invented, recorded, stored):
         mode.add_argument("--output", type=Path, help="a folder for the rows, as parquet")
     return top
 
@@ -284,12 +217,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print, and write."""
     args = parser().parse_args(argv)
-    console = Console(width=120)
-    rows = synthetic(args) if args.mode == "synthetic" else replays(args)
-    (print_synthetic if args.mode == "synthetic" else print_replays)(rows, console)
+    if args.mode == "table":
+        rows = pd.concat(map(pd.read_parquet, args.files), ignore_index=True)
+    else:
+        rows = synthetic(args) if args.mode == "synthetic" else replays(args)
+    (print_replays if args.mode == "pool" else print_synthetic)(rows, Console(width=120))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(args.output / f"{args.mode}.parquet", index=False)
+        rows.to_parquet(args.output / f"{'pool' if args.mode == 'pool' else 'synthetic'}.parquet", index=False)
 
 
 if __name__ == "__main__":

@@ -160,12 +160,14 @@ def test_the_pick_is_the_best_that_completed() -> None:
     assert pick.observed == max(trial.observed for trial in trials if trial.status == "completed")
 
 
-def test_both_commands_print_a_table_and_write_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--seeds", "3", "--severities", "1", "--strategies", "asha", "none", "--processes", "1", "--budget", "4"]
     main(["synthetic", *few, "--output", str(tmp_path)])
     rows = pd.read_parquet(tmp_path / "synthetic.parquet")
     assert len(rows) == 6
     assert (rows["regret"] >= 0).all()
+    main(["table", str(tmp_path / "synthetic.parquet")])
+    assert "1.00 [1.00, 1.00]" in capsys.readouterr().out  # asha's ratio to asha
     pool_rows().to_parquet(tmp_path / "pool.parquet")
     main(["pool", "--pool", str(tmp_path / "pool.parquet"), "--budgets", "2", "--strategies", "asha", "none"])
     assert "best tenth" in capsys.readouterr().out
