@@ -76,7 +76,7 @@ def cell(figure: Figure | None) -> str:
 
 
 def print_synthetic(rows: pd.DataFrame, console: Console) -> None:
-    """The table of regrets on invented curves; its last columns: trials begun, trained to their end, strength picked."""
+    """The table of regrets on invented curves; last: trials begun, trials trained to their end, strength picked."""
     titles = ("grace", "severity", "controls", "strategy", "regret, points (95%)", f"ratio to {REFERENCE}")
     table = Table(*titles, "trials", "ended", "x")
     for row in summaries(rows):

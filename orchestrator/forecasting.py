@@ -2,7 +2,9 @@
 
 Whether a trial is trained on depends on nothing else than those two, so a regression on both that is fitted to the
 trials that were trained to their end stays valid for those that were stopped (selection on observed covariates:
-Little & Rubin 2019, "Statistical analysis with missing data", chapter 1).
+Little & Rubin 2019, "Statistical analysis with missing data", chapter 1). With several rungs this is exact at the last
+one only: of the trials that passed an earlier rung, those that a later one stopped are missing, the better ones are
+not. Controls, trained to their end whatever is decided, are what corrects it.
 
 Shape suffixes: N trials, K = 4 features.
 """
