@@ -60,7 +60,8 @@ class FinalScores:
 
     def mean(self, score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
         """Final scores [N] that are expected of trials with these scores at the rung."""
-        return score_N + _features(score_N - self.centre, strength_N) @ self.weights_K
+        z_N, (level, slope, linear, square) = 2 * strength_N - 1, self.weights_K
+        return score_N + level + slope * (score_N - self.centre) + z_N * (linear + square * z_N)
 
     def deviation(self, score_N: FloatArray, strength_N: FloatArray) -> FloatArray:
         """Standard deviations [N] of what is expected, without the noise of a single training."""

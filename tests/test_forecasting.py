@@ -88,7 +88,7 @@ def test_a_verdict_takes_under_a_millisecond_with_10_000_trials() -> None:
             strategy.rungs[0].end(f"t{number}", final=0.6 + 0.1 * noise)
     seconds = []
     for number in range(50):
-        start = time.perf_counter()
+        start = time.process_time()
         train(strategy, f"new{number}", strength=0.5, at_rung=0.4)
-        seconds.append(time.perf_counter() - start)
-    assert np.median(seconds) < 2e-3  # below 1 ms on an idle core
+        seconds.append(time.process_time() - start)
+    assert np.median(seconds) < 1e-3
