@@ -10,10 +10,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from orchestrator.forecasting import RungTable
 from trainables.course import Leg, complete_schedules, trunk_and_branches, whole
 
 BANDS = 3
 BRANCH_FRACTION = 0.25
+LEAST_ENDED = 3
+OPTIMISM = 1.0
 Verdict = Literal["continue", "stop", "pause"]
 
 
@@ -98,6 +101,13 @@ class Halving:
         return None
 
 
+def among(score: float, others: np.ndarray, *, factor: float) -> Verdict:
+    """Whether a score is among the upper 1/factor of others; the first always is."""
+    if not len(others):
+        return "continue"
+    return "continue" if score >= float(np.quantile(others, 1 - 1 / factor)) else "stop"
+
+
 class Rungs(Halving):
     """A strategy that compares trials at rungs."""
 
@@ -120,12 +130,6 @@ class Rungs(Halving):
         """The verdict on a trial at a rung that does not know it yet."""
         raise NotImplementedError
 
-    def _among(self, score: float, others: np.ndarray) -> Verdict:
-        """Whether a score is among the upper 1/factor of others; the first always is."""
-        if not len(others):
-            return "continue"
-        return "continue" if score >= float(np.quantile(others, 1 - 1 / self.ladder.factor)) else "stop"
-
 
 class Asha(Rungs):
     """Asynchronous successive halving, the stopping variant of Ray Tune (Li et al. 2020, "A system for massively
@@ -136,7 +140,7 @@ class Asha(Rungs):
     judges_average = False
 
     def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
-        return self._among(score, np.fromiter(self.rungs[index].values(), float))
+        return among(score, np.fromiter(self.rungs[index].values(), float), factor=self.ladder.factor)
 
 
 class AshaOfAverages(Asha):
@@ -168,7 +172,7 @@ class Stratified(Rungs):
             return "continue"
         limits = np.quantile(strengths, np.arange(1, BANDS) / BANDS)
         same = np.searchsorted(limits, strengths) == np.searchsorted(limits, candidate.strength)
-        return self._among(score, scores[same])
+        return among(score, scores[same], factor=self.ladder.factor)
 
 
 class Stable(Asha):
@@ -236,11 +240,63 @@ class Promotion(Rungs):
         return any(trial_id in waiting and trial_id in self._upper(i) for i, waiting in enumerate(self._waiting))
 
 
+class Forecasting(Halving):
+    """Rungs compare what trials are expected to end with, not what they have: see orchestrator/forecasting.py.
+
+    A trial goes on unless `OPTIMISM` standard deviations above its own forecast lie below the upper 1/factor of the
+    forecasts of the others that came to the rung, those that were stopped there included. Until `LEAST_ENDED` trials
+    have ended nothing is known of what strength of regularization does, and none is stopped. A score is the best so
+    far, as a trial's final one is: that of its best epoch.
+    """
+
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__(ladder)
+        self.rung_epochs = ladder.rungs
+        self.rungs = [RungTable() for _ in self.rung_epochs]
+        self._best: dict[str, float] = {}
+
+    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+        """See Halving. Trials whose score no longer counts are learned from all the same."""
+        trial_id = candidate.trial_id
+        best = self._best[trial_id] = max(score, self._best.get(trial_id, score))
+        if epoch == self.ladder.max_epochs:
+            self._end(trial_id, best)
+        if epoch not in self.rung_epochs:
+            return Judgement("continue")
+        index = self.rung_epochs.index(epoch)
+        verdict = self._compare(self.rungs[index], candidate, best)
+        self.rungs[index].put(trial_id, score=best, strength=candidate.strength, counts=counts)
+        return Judgement(verdict, index + 1)
+
+    def _end(self, trial_id: str, final: float) -> None:
+        """Learn from a trial that was trained to its end."""
+        for rung in self.rungs:
+            if trial_id in rung:
+                rung.end(trial_id, final=final)
+
+    def _compare(self, rung: RungTable, candidate: Candidate, score: float) -> Verdict:
+        """The verdict on a trial at a rung that does not know it yet."""
+        regression = rung.regression(least=LEAST_ENDED)
+        if regression is None:
+            return "continue"
+        own = np.array([score]), np.array([candidate.strength])
+        hoped = (regression.mean(*own) + OPTIMISM * regression.deviation(*own))[0]
+        others = regression.mean(rung.scores[rung.counted], rung.strengths[rung.counted])
+        return among(hoped, others, factor=self.ladder.factor)
+
+    def forecast(self, trial_id: str) -> float | None:
+        """See Halving: from the latest rung that the trial came to."""
+        reached = [rung for rung in self.rungs if trial_id in rung]
+        regression = reached[-1].regression(least=LEAST_ENDED) if reached else None
+        return None if regression is None else float(regression.mean(*reached[-1].row(trial_id))[0])
+
+
 HALVINGS: dict[str, type[Halving]] = {
     "asha": Asha,
     "asha_ema": AshaOfAverages,
     "promote": Promotion,
     "stable": Stable,
     "stratified": Stratified,
+    "forecast": Forecasting,
     "none": Halving,
 }
