@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py synthetic --output FOLDER      # invented curves (benchmarks/crossing_curves.py)
     python benchmarks/fidelity.py table FILE ...                 # what `synthetic` wrote, in one table
-    python benchmarks/fidelity.py pool --pool FOLDER             # recorded trainings (benchmarks/pool.py)
+    python benchmarks/fidelity.py --pool FOLDER                  # recorded trainings (benchmarks/pool.py)
 
 Every strategy gets the same number of epochs, in which all that it trains counts. Synthetic: regret is the optimum's
 true final score minus that of the trial picked, in points of accuracy, over seeds of instance, sampler and noise that
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from simulated_search import WORKERS, SimulatedSearch, SimulatedTrial, picked
 
 from orchestrator.halving import HALVINGS, Forecasting, Ladder
 from orchestrator.proposals import startup_trials
+from results.schema import UsageError
 
 SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in DIMENSIONS}
 
@@ -216,7 +218,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print, and write."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--pool"]:
+        words.insert(0, "pool")
+    args = parser().parse_args(words)
     if args.mode == "table":
         rows = pd.concat(map(pd.read_parquet, args.files), ignore_index=True)
     else:
@@ -228,4 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"error: {error}")

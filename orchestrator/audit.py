@@ -154,7 +154,7 @@ def findings(audits: list[RungAudit]) -> list[str]:
         if a.is_hurting:
             lines.append(
                 f"  early stopping is hurting: at rung {a.rung} it ends trials that would have won; "
-                f"raise grace_epochs, or give --halving stratified or none"
+                f"raise grace_epochs, or give --halving forecast or none"
             )
     return lines
 

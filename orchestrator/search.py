@@ -1,4 +1,4 @@
-"""Search regularization strength with Ray Tune, Optuna and ASHA.
+"""Search regularization strength with Ray Tune, Optuna and early stopping that forecasts.
 
 python -m orchestrator.search cifar100 --data-dir DIR
 python -m orchestrator.search digits --num-trials 12
@@ -33,7 +33,7 @@ from trainables.learner import check_trainable
 
 DEFAULT_SEED = 0
 DEFAULT_KEEP_CHECKPOINTS = 10
-DEFAULT_HALVING = "asha"
+DEFAULT_HALVING = "forecast"
 DEFAULT_CONTROLS = 0.1
 
 

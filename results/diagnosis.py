@@ -14,6 +14,11 @@ LITTLE = 0.25
 FITTED = 0.95
 LOAD = 0.05
 STRONG_DECAY = 1e-3
+MIXINGS = {
+    "mixup_alpha": "mixup_probability",
+    "cutmix_alpha": "cutmix_probability",
+    "ricap_beta": "ricap_probability",
+}
 
 
 def regularization_verdict(
@@ -60,7 +65,7 @@ def is_regularized(config: Mapping[str, Scalar]) -> bool:
     """Whether a configuration makes training harder: by dropout, smoothing, mixing, augmentation or strong decay."""
     switches = [
         any(config.get(name) for name in ("dropout", "label_smoothing", "crop_padding", "flip")),
-        any(config.get(name) for name in ("mixup_alpha", "cutmix_alpha", "ricap_beta")),
+        any(config.get(strength) and config.get(share, 1.0) for strength, share in MIXINGS.items()),
         any(config.get(name) for name in ("cutout_size", "erasing_probability", "resized_crop_probability")),
         any(config.get(name) for name in ("affine_probability", "jitter_probability")),
         config.get("policy", "none") != "none",

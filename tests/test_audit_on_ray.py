@@ -39,7 +39,7 @@ def test_a_search_prints_its_audit_and_opens_in_the_dashboard(command: CommandLi
     assert set(rows["epoch"]) == {2}
     assert set(rows["decision"]) <= {"continue", "spared"}
     final = controls.set_index("trial_id")["val_accuracy"]
-    correlation = rows["raw_val_accuracy"].rank().corr(final.loc[rows.index].rank())
+    correlation = rows["val_accuracy"].rank().corr(final.loc[rows.index].rank())
     assert f"rung 1 (epoch 2), {len(rows)} controls: rank correlation with the final value {correlation:+.2f}" in (
         done.stdout
     )

@@ -81,6 +81,7 @@ def test_what_was_learned_within_the_epoch_is_not_blamed_on_regularization() -> 
         ({"weight_decay": 5e-4}, False),
         ({"weight_decay": 1e-2}, True),
         ({"mixup_alpha": 0.2}, True),
+        ({"mixup_alpha": 0.2, "mixup_probability": 0.0}, False),
         ({"policy": "randaugment"}, True),
         ({"dropout": 0.1}, True),
         ({"pipeline": "food101"}, True),

@@ -112,7 +112,7 @@ def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarra
 def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs"]
+    arguments = ["slow.py", "--results-dir", "runs", "--halving", "asha"]
     rows: dict[str, str] = {}
     delays = np.random.default_rng().uniform(0.0, 1.5, size=5)
     print("killed so long after an epoch:", delays)
