@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from orchestrator.forecasting import RungTable
-from trainables.course import Leg, complete_schedules, trunk_and_branches, whole
+from results.schema import Scalar
+from trainables.course import STABLE_SCHEDULE, Leg, complete_schedules, trunk_and_branches, whole
 
 BANDS = 3
 BRANCH_FRACTION = 0.25
@@ -66,6 +67,8 @@ class Halving:
     judges_average: ClassVar[bool] = True
     """Whether rungs compare figures of the weights' moving average, where there is one, or of the raw weights."""
     needs_average: ClassVar[bool] = False
+    changes: ClassVar[dict[str, Scalar]] = {}
+    """Fields of every trial's configuration that the strategy sets."""
 
     def __init__(self, ladder: Ladder) -> None:
         self.ladder = ladder
@@ -180,6 +183,7 @@ class Stable(Asha):
     that trials are compared as if they ended there. A branch takes a quarter of the epochs before it."""
 
     judges_average = True
+    changes: ClassVar[dict[str, Scalar]] = {"schedule": STABLE_SCHEDULE}
 
     def __init__(self, ladder: Ladder) -> None:
         super().__init__(ladder)

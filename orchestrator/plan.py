@@ -66,6 +66,12 @@ class SearchPlan:
 
     def _check_halving(self) -> None:
         """Raise UsageError where the strategy of early stopping and the space do not fit."""
+        for name, value in HALVINGS[self.halving].changes.items():
+            if self.overrides.get(name, value) != value:
+                raise UsageError(
+                    f"--set {name}={self.overrides[name]}, but --halving {self.halving} trains with {name}={value}; "
+                    f"drop one of them"
+                )
         strategy, base, budget = HALVINGS[self.halving], self.space.base, self.space.budget
         if self.halving != "none" and budget.grace_epochs is not None and budget.grace_epochs >= budget.max_epochs:
             raise UsageError(
@@ -96,7 +102,7 @@ class SearchPlan:
     def space(self) -> SearchSpace:
         """The space with its overrides and what the search may spend."""
         return self.source.space.with_overrides(
-            self.overrides,
+            {**self.overrides, **HALVINGS[self.halving].changes},
             num_trials=self.num_trials,
             max_total_epochs=self.max_total_epochs,
             max_seconds=self.max_seconds,

@@ -88,6 +88,7 @@ def test_every_strategy_trains_at_least_one_trial_to_its_end_and_counts_all_of_i
     completed = experiment.trials().query("status == 'completed'")
     assert len(completed) >= 1
     assert set(completed["epochs_trained"]) == {num_epochs(ledger.halving.course)}
+    assert set(completed["config.schedule"]) == {"warmup_stable_decay" if name == "stable" else "cosine"}
     assert ledger.halving.rung_epochs == sorted(ledger.halving.rung_epochs)
     assert all(epoch < num_epochs(ledger.halving.course) for epoch in ledger.halving.rung_epochs)
 

@@ -10,6 +10,8 @@ from typing import Any
 from results.schema import EpochResult, Scalar
 from trainables.config import TrainConfig
 
+STABLE_SCHEDULE = "warmup_stable_decay"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
@@ -59,7 +61,7 @@ def trunk_and_branches(rungs: Sequence[int], *, max_epochs: int, branch_epochs: 
     falls to zero at once (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed durations")."""
     legs: list[Leg] = []
     reached = 0
-    stable: dict[str, Scalar] = {"schedule": "warmup_stable_decay"}
+    stable: dict[str, Scalar] = {"schedule": STABLE_SCHEDULE}
     for rung, length in zip(rungs, branch_epochs, strict=True):
         decay: dict[str, Scalar] = {"max_epochs": rung + length, "decay_fraction": length / (rung + length)}
         legs.append(Leg(start=reached, end=rung, trunk=True, changes=stable))
