@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     invented.add_argument("--strategies", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     invented.add_argument("--processes", type=int, default=2)
     invented.add_argument("--epochs", type=int, default=27, help="of a whole training")
-    invented.add_argument("--grace", type=int, default=9, help="epochs before the first rung")
+    invented.add_argument("--grace", type=int, default=3, help="epochs before the first rung")
     invented.add_argument("--budget", type=int, default=24, help="in whole trainings")
     recorded = modes.add_parser("pool", help="on recorded trainings")
     recorded.add_argument("--pool", type=Path, required=True, help="a recorded pool, or an experiment's folder")

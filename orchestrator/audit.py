@@ -17,6 +17,7 @@ from scipy.stats import beta, spearmanr
 CONTROLS = 4  # the stream of randomness that chooses them
 FEWEST = 10
 TERCILES = ("weak", "medium", "strong")
+FEWEST_STOPPED = 5
 HURTING_PROBABILITY = 0.1
 LEVEL = 0.95
 
@@ -57,14 +58,19 @@ class RungAudit:
     rung: int
     epoch: int
     num_controls: int
+    num_stopped: int
     correlation: float | None
     by_tercile: dict[str, float | None]
     stopped_wins: Share | None
 
     @property
     def is_hurting(self) -> bool:
-        """Whether a stopped trial would have won more often than one time in ten, beyond the interval's lower end."""
-        return self.stopped_wins is not None and self.stopped_wins.interval[0] > HURTING_PROBABILITY
+        """Whether stopped trials would have won more often than one time in ten, by the interval's lower end.
+
+        Of fewer than five nothing is concluded: one of one proves nothing.
+        """
+        wins = self.stopped_wins
+        return wins is not None and wins.of >= FEWEST_STOPPED and wins.interval[0] > HURTING_PROBABILITY
 
 
 def audit(
@@ -112,6 +118,7 @@ def _rung_audit(
         rung=rung,
         epoch=int(rows["epoch"].iloc[0]),
         num_controls=len(rows),
+        num_stopped=len(stopped),
         correlation=_correlation(value, final),
         by_tercile={
             name: _correlation(value[inside], final[inside])
@@ -151,6 +158,8 @@ def findings(audits: list[RungAudit]) -> list[str]:
                 f"  of {a.stopped_wins.of} that would have been stopped, {a.stopped_wins.successes} ended best: a "
                 f"stopped trial would have won with probability {a.stopped_wins.value:.2f} [{low:.2f}, {high:.2f}]"
             )
+        elif a.num_stopped:
+            lines.append(f"  all {a.num_stopped} would have been stopped, and none is left to compare them with")
         if a.is_hurting:
             lines.append(
                 f"  early stopping is hurting: at rung {a.rung} it ends trials that would have won; "

@@ -116,7 +116,13 @@ def _whole(text: str, *, least: int) -> int:
 
 def fraction_or_zero(text: str) -> float:
     """An argument type: a fraction in [0, 1]."""
-    return 0.0 if text.strip() in {"0", "0.0"} else _above_zero(text, most=1.0, wanted="a fraction in [0, 1]")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a fraction in [0, 1]")
+    return value
 
 
 def fraction(text: str) -> float:

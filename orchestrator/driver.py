@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from optuna.distributions import json_to_distribution
 from rich.console import Console
 
 from orchestrator import cli
-from orchestrator.ledger import Ledger, Rules
+from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
+from orchestrator.strength import strength
 from results.events import ExperimentResumed, ExperimentStopped
 from results.history import TrialHistory
 from results.schema import Scalar, UsageError
@@ -85,23 +87,26 @@ def open_or_check_new(args: argparse.Namespace, plan: SearchPlan, name: str) -> 
     """
     if not args.resume:
         Experiment.check_new(args.results_dir, name)
+        plan.check()
         return None, plan
     experiment = Experiment.open(args.results_dir, name)
     keys = ("seed", "halving", "keep_checkpoints", "control_fraction", "finalists", "seeds")
     given = {key: getattr(args, key, None) for key in keys}
     plan = resumed(plan, experiment.info, **given)
+    plan.check()
     _check_finalists(plan, experiment)
     return experiment, plan
 
 
 def _check_finalists(plan: SearchPlan, experiment: Experiment) -> None:
-    """Raise UsageError when a search that is over has fewer completed trials than finalists are asked for."""
+    """Raise UsageError when a search cannot come to have as many completed trials as finalists are asked for."""
     ended = [trial for trial in experiment.history.ended if trial.started.stage == "search"]
     completed = sum(trial.completed for trial in ended)
-    if len(ended) >= plan.space.budget.num_trials and plan.finalists > completed:
+    to_come = max(0, plan.space.budget.num_trials - len(ended))
+    if plan.finalists > completed + to_come:
         raise UsageError(
-            f"--finalists {plan.finalists}, but experiment {experiment.name!r} has {completed} completed trials; "
-            f"lower it, or raise --num-trials"
+            f"--finalists {plan.finalists}, but experiment {experiment.name!r} has {completed} completed trials and "
+            f"{to_come} to come; lower it, or raise --num-trials"
         )
 
 
@@ -167,20 +172,17 @@ def make_ledger(
         given_origin="baseline" if plan.stage == "search" else "recipe",
     )
     proposer.learn(warm)
+    # A narrowed space does not make the same configuration stronger.
+    dimensions = experiment.info.get("strengths_within", experiment.info["space"]["dimensions"])
+    within = {name: json_to_distribution(text) for name, text in dimensions.items()}
     return Ledger(
         experiment,
         space=space,
         stage=plan.stage,
         proposer=proposer,
         halving=plan.make_halving(),
-        rules=Rules(
-            seed=plan.seed,
-            keep_checkpoints=plan.keep_checkpoints,
-            control_fraction=plan.control_fraction,
-            max_seconds=max_seconds,
-            finalists=plan.finalists,
-            seeds=plan.seeds,
-        ),
+        rules=plan.rules(max_seconds=max_seconds),
+        strength_of=lambda config: strength(config, within),
         notify=notify,
     )
 

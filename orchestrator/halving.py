@@ -5,6 +5,7 @@ A rung is a number of epochs after which a trial is compared with others that ca
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -75,11 +76,14 @@ class Halving:
         self.course: tuple[Leg, ...] = whole(ladder.max_epochs)
         self.rung_epochs: list[int] = []
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+    def judge(
+        self, candidate: Candidate, *, epoch: int, score: float, last: bool = False, counts: bool = True
+    ) -> Judgement:
         """Take note of a trial's score (higher is better) after an epoch, and say whether it goes on.
 
         Called for every epoch of every trial, the last included, unless it is not finite. `epoch` counts all epochs
-        trained in the trial. `counts`: whether others are to be compared with it from now on.
+        trained in the trial. `last`: the trial ends with it in any case. `counts`: whether others are to be compared
+        with it from now on.
         """
         return Judgement("continue")
 
@@ -93,10 +97,6 @@ class Halving:
 
     def is_waiting(self, trial_id: str) -> bool:
         """Whether a trial has been paused and not released since."""
-        return False
-
-    def may_go_on(self, trial_id: str) -> bool:
-        """Whether a waiting trial is among those that could be promoted now."""
         return False
 
     def forecast(self, trial_id: str) -> float | None:
@@ -119,7 +119,9 @@ class Rungs(Halving):
         self.rung_epochs = ladder.rungs
         self.rungs: list[dict[str, float]] = [{} for _ in self.rung_epochs]
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+    def judge(
+        self, candidate: Candidate, *, epoch: int, score: float, last: bool = False, counts: bool = True
+    ) -> Judgement:
         """See Halving."""
         if epoch not in self.rung_epochs:
             return Judgement("continue")
@@ -161,9 +163,11 @@ class Stratified(Rungs):
         super().__init__(ladder)
         self._strengths: list[dict[str, float]] = [{} for _ in self.rung_epochs]
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+    def judge(
+        self, candidate: Candidate, *, epoch: int, score: float, last: bool = False, counts: bool = True
+    ) -> Judgement:
         """See Halving."""
-        judgement = super().judge(candidate, epoch=epoch, score=score, counts=counts)
+        judgement = super().judge(candidate, epoch=epoch, score=score, last=last, counts=counts)
         if counts and judgement.rung is not None:
             self._strengths[judgement.rung - 1][candidate.trial_id] = candidate.strength
         return judgement
@@ -204,12 +208,17 @@ class Promotion(Rungs):
         self.course = complete_schedules(budgets)
         self.rung_epochs = [sum(budgets[: i + 1]) for i in range(len(budgets) - 1)]
         self._waiting: list[set[str]] = [set() for _ in self.rung_epochs]
+        self._ranked: list[list[tuple[float, str]]] = [[] for _ in self.rung_epochs]  # negated scores: the best first
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+    def judge(
+        self, candidate: Candidate, *, epoch: int, score: float, last: bool = False, counts: bool = True
+    ) -> Judgement:
         """See Halving."""
-        judgement = super().judge(candidate, epoch=epoch, score=score, counts=counts)
+        judgement = super().judge(candidate, epoch=epoch, score=score, last=last, counts=counts)
         if judgement.rung is not None:
             self._waiting[judgement.rung - 1].add(candidate.trial_id)
+            if counts:
+                bisect.insort(self._ranked[judgement.rung - 1], (-score, candidate.trial_id))
         return judgement
 
     def _compare(self, candidate: Candidate, index: int, score: float) -> Verdict:
@@ -217,16 +226,12 @@ class Promotion(Rungs):
 
     def next_promotion(self) -> str | None:
         """See Halving: the best of the highest rung that has one."""
-        for index in reversed(range(len(self.rungs))):
-            for trial_id in self._upper(index):
-                if trial_id in self._waiting[index]:
-                    return trial_id
+        for ranked, waiting in zip(reversed(self._ranked), reversed(self._waiting), strict=True):
+            upper = ranked[: int(len(ranked) / self.ladder.factor)] if waiting else []
+            chosen = next((trial_id for _, trial_id in upper if trial_id in waiting), None)
+            if chosen is not None:
+                return chosen
         return None
-
-    def _upper(self, index: int) -> list[str]:
-        """The upper 1/factor of a rung, the best first."""
-        rung = self.rungs[index]
-        return sorted(rung, key=lambda trial_id: -rung[trial_id])[: int(len(rung) / self.ladder.factor)]
 
     def release(self, trial_id: str) -> None:
         """See Halving."""
@@ -238,10 +243,6 @@ class Promotion(Rungs):
     def is_waiting(self, trial_id: str) -> bool:
         """See Halving."""
         return any(trial_id in waiting for waiting in self._waiting)
-
-    def may_go_on(self, trial_id: str) -> bool:
-        """See Halving."""
-        return any(trial_id in waiting and trial_id in self._upper(i) for i, waiting in enumerate(self._waiting))
 
 
 class Forecasting(Halving):
@@ -259,11 +260,13 @@ class Forecasting(Halving):
         self.rungs = [RungTable() for _ in self.rung_epochs]
         self._best: dict[str, float] = {}
 
-    def judge(self, candidate: Candidate, *, epoch: int, score: float, counts: bool = True) -> Judgement:
+    def judge(
+        self, candidate: Candidate, *, epoch: int, score: float, last: bool = False, counts: bool = True
+    ) -> Judgement:
         """See Halving. Trials whose score no longer counts are learned from all the same."""
         trial_id = candidate.trial_id
         best = self._best[trial_id] = max(score, self._best.get(trial_id, score))
-        if epoch == self.ladder.max_epochs:
+        if last or epoch == self.ladder.max_epochs:
             self._end(trial_id, best)
         if epoch not in self.rung_epochs:
             return Judgement("continue")

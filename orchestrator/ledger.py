@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,9 +13,9 @@ from optuna.distributions import distribution_to_json
 from orchestrator.audit import is_control
 from orchestrator.finalists import lacking
 from orchestrator.halving import Candidate, Halving, Judgement, Verdict
+from orchestrator.plan import Rules
 from orchestrator.proposals import Proposal, Proposer
 from orchestrator.retention import Rank, Retention
-from orchestrator.strength import strength
 from results.events import (
     CheckpointRemoved,
     Decided,
@@ -47,22 +47,6 @@ class Assignment:
     rung_epochs: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What a search does beside asking and judging.
-
-    `control_fraction`: share of the trials that is never stopped early. `max_seconds`: of this driver, from now on.
-    `finalists`: how many of the best configurations are trained anew at the end, each with `seeds` other seeds.
-    """
-
-    seed: int
-    keep_checkpoints: int
-    control_fraction: float = 0.0
-    max_seconds: float | None = None
-    finalists: int = 0
-    seeds: int = 1
-
-
 class Ledger:
     """The state of one search. Made from the event log alone, so a resumed driver stands where the last one fell."""
 
@@ -75,22 +59,24 @@ class Ledger:
         proposer: Proposer,
         halving: Halving,
         rules: Rules,
+        strength_of: Callable[[Mapping[str, Scalar]], float | None],
         notify: Callable[[], None] = lambda: None,
     ) -> None:
-        """`notify` is called after anything has changed."""
+        """`strength_of`: of a configuration's regularization. `notify` is called after anything has changed."""
         self.experiment = experiment
         self.space = space
         self._stage: Stage = stage
         self.halving = halving
         self._proposer = proposer
         self._rules = rules
+        self._strength_of = strength_of
         self._notify = notify
         self._to_resume: deque[str] = deque()
         self._spared: set[str] = set()
-        self._began = time.monotonic()
         self.running: set[str] = set()
         self._retention = Retention(keep=rules.keep_checkpoints)
         self._replay()
+        self._began = time.monotonic()
 
     def _replay(self) -> None:
         """Restore the rungs, decide what was left undecided, clear away what ended trials left behind."""
@@ -108,6 +94,7 @@ class Ledger:
                 self._after_end(trial)
             elif not self.halving.is_waiting(trial.trial_id):
                 self._to_resume.append(trial.trial_id)
+        self._remove(self._retention.surplus())
 
     def _replay_decision(self, trial: TrialHistory, event: Decided) -> None:
         result = trial.epochs[event.epoch - 1].result
@@ -139,26 +126,24 @@ class Ledger:
 
     @property
     def finished(self) -> bool:
-        """Whether every trial asked for has ended, or the budget is spent and what had begun has ended."""
+        """Whether every trial asked for has ended, or the epochs are spent and what had begun has ended."""
         return self._searched and not self._finalists_to_start() and not self.experiment.history.unfinished
 
     @property
     def _searched(self) -> bool:
         """Whether no more trials of the search are to begin."""
-        return self.num_started >= self.space.budget.num_trials or self._budget_spent
-
-    @property
-    def _budget_spent(self) -> bool:
         most = self.space.budget.max_total_epochs
-        return self._out_of_time or (most is not None and self.experiment.history.num_epochs >= most)
+        spent = most is not None and self.experiment.history.num_epochs >= most
+        return spent or self.num_started >= self.space.budget.num_trials
 
     @property
-    def _out_of_time(self) -> bool:
+    def out_of_time(self) -> bool:
+        """Whether this driver's time is up. A later one goes on with what is left."""
         return self._rules.max_seconds is not None and time.monotonic() - self._began >= self._rules.max_seconds
 
     def next_trial(self) -> Assignment | None:
         """The next trial to run, unfinished ones of an earlier driver first; None when there are none (for now)."""
-        if self._out_of_time:
+        if self.out_of_time:
             self._end_waiting()
             return None
         trial = self._next()
@@ -219,7 +204,7 @@ class Ledger:
 
     def _finalists_to_start(self) -> list[TrialHistory]:
         """The best configurations that lack trainings with other seeds, one entry for each that is to come."""
-        if not self._rules.finalists or self._out_of_time:
+        if not self._rules.finalists:
             return []
         history = self.experiment.history
         completed = [trial for trial in history.endings if trial.completed and trial.started.stage == self._stage]
@@ -246,7 +231,7 @@ class Ledger:
                 distributions={name: distribution_to_json(d) for name, d in proposal.distributions.items()},
                 control=control,
                 finalist_of=finalist_of,
-                strength=strength(proposal.params, self.space.dimensions),
+                strength=self._strength_of(config.to_dict()),
             )
         )
         return self.experiment.history.trials[trial_id]
@@ -280,7 +265,7 @@ class Ledger:
             if trial.started.control:
                 decision = self._spare(trial.trial_id, decision)
         ending = self._own_ending(trial, result)
-        if ending is None and self._out_of_time:
+        if ending is None and self.out_of_time:
             ending = ("pruned", TIME_BUDGET)
         if ending is None and decision == "stop":
             ending = ("pruned", f"rung {rung}")
@@ -297,17 +282,20 @@ class Ledger:
             Candidate(trial.trial_id, MEDIUM if known is None else known),
             epoch=result.epoch,
             score=self._score(result),
+            last=self._own_ending(trial, result) is not None,
             counts=trial.trial_id not in self._spared,
         )
 
     def _spare(self, trial_id: str, verdict: Verdict) -> Decision:
-        """What becomes of a control that a strategy has judged: it goes on in any case."""
-        would_go_on = verdict == "continue" or self.halving.may_go_on(trial_id)
+        """What becomes of a control that a strategy has judged: it goes on in any case.
+
+        What would have waited is not called spared: whether it would have been promoted is not known yet.
+        """
         if verdict == "pause":
             self.halving.release(trial_id)
-        if not would_go_on:
+        if verdict == "stop":
             self._spared.add(trial_id)
-        return "continue" if would_go_on else "spared"
+        return "spared" if verdict == "stop" else "continue"
 
     def _score(self, result: EpochResult) -> float:
         """What is compared at rungs: the metric, negated where lower is better."""
@@ -359,9 +347,14 @@ class Ledger:
 
         The event comes first: a crash in between leaves a file too many, never a row that names a missing one.
         """
-        surplus = self._surplus_after(events)
         if events:
-            self.experiment.record(*events, *(CheckpointRemoved(at=time.time(), trial_id=t) for t in surplus))
+            self._remove(self._surplus_after(events), after=events)
+
+    def _remove(self, surplus: Sequence[str], *, after: Sequence[Event] = ()) -> None:
+        """Record events, and that the weights of these trials are not kept; then remove them."""
+        events = [*after, *(CheckpointRemoved(at=time.time(), trial_id=trial_id) for trial_id in surplus)]
+        if events:
+            self.experiment.record(*events)
         for trial_id in surplus:
             self.experiment.tidy(self.experiment.history.trials[trial_id])
 

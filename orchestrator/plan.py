@@ -27,6 +27,22 @@ RECORDED_VERSIONS = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas",
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a search does beside asking and judging.
+
+    `control_fraction`: share of the trials that is never stopped early. `max_seconds`: of this driver, from now on.
+    `finalists`: how many of the best configurations are trained anew at the end, each with `seeds` other seeds.
+    """
+
+    seed: int
+    keep_checkpoints: int
+    control_fraction: float = 0.0
+    max_seconds: float | None = None
+    finalists: int = 0
+    seeds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchPlan:
     """Everything that decides a search's results, apart from the data's place and the machine."""
 
@@ -40,8 +56,6 @@ class SearchPlan:
     finalists: int = 0
     seeds: int = 1
     stage: Stage = "search"
-    max_total_epochs: int | None = None
-    max_seconds: float | None = None
     warm_start: tuple[str, ...] = ()
     """Experiments whose trials the search learns from."""
 
@@ -55,17 +69,22 @@ class SearchPlan:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)
-        self._check_halving()
+        if self.stage == "search" and self.space.base.val_fraction == 0:
+            raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
+
+    def check(self) -> None:
+        """Raise UsageError where the search, its space and its strategy of early stopping do not fit.
+
+        Not when a plan is made: what a resume does not give is known only from the experiment.
+        """
         if self.finalists > self.space.budget.num_trials:
             raise UsageError(
                 f"--finalists {self.finalists}, but the search has {self.space.budget.num_trials} trials; "
                 f"lower it or raise --num-trials"
             )
-        if self.stage == "search" and self.space.base.val_fraction == 0:
-            raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
+        self._check_halving()
 
     def _check_halving(self) -> None:
-        """Raise UsageError where the strategy of early stopping and the space do not fit."""
         for name, value in HALVINGS[self.halving].changes.items():
             if self.overrides.get(name, value) != value:
                 raise UsageError(
@@ -104,14 +123,23 @@ class SearchPlan:
         return self.source.space.with_overrides(
             {**self.overrides, **HALVINGS[self.halving].changes},
             num_trials=self.num_trials,
-            max_total_epochs=self.max_total_epochs,
-            max_seconds=self.max_seconds,
         )
 
     @property
     def num_trials_in_all(self) -> int:
         """Trials of the search and finalists."""
         return self.space.budget.num_trials + self.finalists * self.seeds
+
+    def rules(self, *, max_seconds: float | None = None) -> Rules:
+        """The rules of a driver that has so many seconds."""
+        return Rules(
+            seed=self.seed,
+            keep_checkpoints=self.keep_checkpoints,
+            control_fraction=self.control_fraction,
+            max_seconds=max_seconds,
+            finalists=self.finalists,
+            seeds=self.seeds,
+        )
 
     def make_halving(self) -> Halving:
         """The strategy of early stopping, in its first state."""
@@ -143,6 +171,7 @@ class SearchPlan:
             "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
             "warm_start": list(self.warm_start),
             "max_epochs": space.budget.max_epochs,
+            "strengths_within": space.describe()["dimensions"],
             "config_fields": ANNOTATIONS,
             **provenance(command),
         }
@@ -180,12 +209,10 @@ def resumed(
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
-        control_fraction=info["control_fraction"] if control_fraction is None else control_fraction,
-        finalists=info["finalists"] if finalists is None else finalists,
-        seeds=info["seeds"] if seeds is None else seeds,
+        control_fraction=info.get("control_fraction", 0.0) if control_fraction is None else control_fraction,
+        finalists=info.get("finalists", 0) if finalists is None else finalists,
+        seeds=info.get("seeds", 1) if seeds is None else seeds,
         stage=plan.stage,
-        max_total_epochs=plan.max_total_epochs or old["budget"].get("max_total_epochs"),
-        max_seconds=plan.max_seconds or old["budget"].get("max_seconds"),
         warm_start=warm_start,
     )
     if plan.stage != info.get("stage", "search"):
@@ -203,7 +230,7 @@ def resumed(
     if narrowed and all(baseline in old["baselines"] for baseline in new["baselines"]):
         old = {**old, "dimensions": new["dimensions"], "baselines": new["baselines"]}
     changes = [
-        *_differences("", {name: info[name] for name in FIXED}, {name: getattr(same, name) for name in FIXED}),
+        *_differences("", {name: info.get(name, 0.0) for name in FIXED}, {name: getattr(same, name) for name in FIXED}),
         *_differences("", {k: old[k] for k in new}, new),
     ]
     # Data may have moved, its hash tells whether it is the same; a search may be made longer or shorter.

@@ -89,7 +89,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="learn from the trials of earlier searches in the same --results-dir",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.seeds is not None and not args.finalists and not args.resume:
+        parser.error("--seeds is for --finalists: give both")
+    return args
 
 
 def plan_from(args: argparse.Namespace) -> SearchPlan:
@@ -154,8 +157,9 @@ def drive(
         if not ledger.finished:
             with shown.watching(ledger):
                 fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
-        if ledger.finished:
-            experiment.record(ExperimentStopped(at=time.time(), state="finished"))
+        if ledger.finished or ledger.out_of_time:
+            state = "finished" if ledger.finished else "interrupted"
+            experiment.record(ExperimentStopped(at=time.time(), state=state))
         return ledger
 
 
@@ -172,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = experiment_name(args, plan)
     experiment, plan = driver.open_or_check_new(args, plan, name)
     data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
-    warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash)
+    warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash, resuming=args.resume)
     for line in warm.lines:
         console.print(line, highlight=False, soft_wrap=True)
     try:
@@ -188,18 +192,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def conclude(ledger: Ledger, args: argparse.Namespace, console: Console) -> int:
     """The exit status of a search that came to its end, and what to type next."""
+    if not ledger.finished and ledger.out_of_time:
+        ended = f"the time is up after {len(ledger.experiment.history.endings)} trials"
+        console.print(f"{ended}; to go on:\n  {driver.command_to_resume(args)}", highlight=False, soft_wrap=True)
+        return cli.DONE
     if not ledger.finished:
         print(
             f"error: the search ended before its last trial; to go on:\n  {driver.command_to_resume(args)}",
             file=sys.stderr,
         )
         return cli.FAILED
-    ended = [trial.ended for trial in ledger.experiment.history.ended if trial.ended]
-    if all(end.status == "failed" for end in ended):
-        reason = ended[-1].error.splitlines()[-1] if ended[-1].error else ended[-1].stop_reason
+    ends = [trial.ended for trial in ledger.experiment.history.ended if trial.ended]
+    if all(end.status == "failed" for end in ends):
+        reason = ends[-1].error.splitlines()[-1] if ends[-1].error else ends[-1].stop_reason
         print(f"error: every trial failed, the last one so: {reason}", file=sys.stderr)
         return cli.FAILED
-    if len(ended) > 1:
+    if sum(end.has_predictions for end in ends) > 1:
         console.print(f"next:\n  {ensemble_command(ledger, args)}", highlight=False, soft_wrap=True)
     return cli.DONE
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.plan import SearchPlan
 from results.history import TrialHistory
 from results.schema import UsageError
-from results.store import Experiment
+from results.store import Experiment, names
 from results.study import objectives_of
 
 
@@ -22,13 +22,17 @@ class WarmStart:
     lines: list[str]
 
 
-def load_warm_start(results_dir: str | Path, plan: SearchPlan, *, split_hash: str) -> WarmStart:
+def load_warm_start(results_dir: str | Path, plan: SearchPlan, *, split_hash: str, resuming: bool = False) -> WarmStart:
     """The ended trials of the experiments that a plan names, those that lie in its space.
 
-    Raises UsageError, naming both values, when what they measured is not what the plan's trials will.
+    Raises UsageError, naming both values, when what they measured is not what the plan's trials will. `resuming`: one
+    that is not there any more is left out.
     """
     found = WarmStart([], [])
     for name in dict.fromkeys(plan.warm_start):
+        if resuming and name not in names(results_dir):
+            found.lines.append(f"warm start: {name} is not in {results_dir} any more; going on without it")
+            continue
         experiment = Experiment.open(results_dir, name)
         _check_comparable(experiment.info, plan, split_hash=split_hash)
         ended = [trial for trial in experiment.history.ended if trial.started.stage == "search"]

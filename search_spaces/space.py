@@ -57,8 +57,8 @@ class Budget:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name}={value!r}: wanted a whole number, 1 or more")
-        if not self.reduction_factor > 1:
-            raise UsageError(f"reduction_factor={self.reduction_factor!r}: wanted a number above 1")
+        if not 1 < self.reduction_factor < float("inf"):
+            raise UsageError(f"reduction_factor={self.reduction_factor!r}: wanted a finite number above 1")
         seconds = self.max_seconds
         if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
             raise UsageError(f"max_seconds={seconds!r}: wanted a finite number of seconds above 0")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 
 from orchestrator.driver import make_ledger
 from orchestrator.ledger import Assignment, Ledger
@@ -70,12 +70,14 @@ def plan(
     base: TrainConfig | None = None,
     grace_epochs: int | None = None,
     max_total_epochs: int | None = None,
+    dimensions: dict[str, BaseDistribution] | None = None,
     **of_plan: Any,
 ) -> SearchPlan:
     """A search over dropout and weight decay, by default with two baselines."""
     space = SearchSpace(
         base=base or TrainConfig(),
-        dimensions={
+        dimensions=dimensions
+        or {
             "dropout": FloatDistribution(0.0, 0.5),
             "weight_decay": FloatDistribution(1e-5, 1e-2, log=True),
         },

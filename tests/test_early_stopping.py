@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +128,12 @@ def test_strength_is_the_mean_place_in_the_ranges() -> None:
         "lr": FloatDistribution(0.1, 1.0),
         "policy": CategoricalDistribution(["none", "randaugment"]),
     }
-    params = {"dropout": 0.1, "weight_decay": 1e-4, "cutout_size": 8, "lr": 0.5, "policy": "none"}
-    assert strength(params, dimensions) == pytest.approx(7 / 12)
+    config = {"dropout": 0.1, "weight_decay": 1e-4, "cutout_size": 8, "lr": 0.5, "policy": "none"}
+    assert strength(config, dimensions) == pytest.approx(7 / 12)
     assert strength({"lr": 0.5}, {"lr": FloatDistribution(0.1, 1.0)}) is None
-    assert strength({}, {"mixup_alpha": FloatDistribution(0.0, 1.0), "cutout_size": IntDistribution(4, 4)}) == 0.0
+    weakest = {"mixup_alpha": FloatDistribution(0.1, 1.0), "weight_decay": FloatDistribution(1e-5, 1e-3, log=True)}
+    assert strength({"mixup_alpha": 0.0, "weight_decay": 0.0}, weakest) == 0.0
+    assert strength({"cutout_size": 4}, {"cutout_size": IntDistribution(4, 4)}) == 0.5
 
 
 QUICK = TrainConfig(max_epochs=4, batch_size=64, lr=0.05, ema_decay=0.9, train_fraction=0.4, dropout=0.1)
@@ -190,6 +191,44 @@ def searched(tmp_path: Path, *, num_trials: int = 60, halving: str = "asha", **o
         advance(ledger, CROSSING)
         assert ledger.finished
     return experiment
+
+
+@pytest.mark.parametrize("halving", [name for name in HALVINGS if name != "none"])
+def test_a_killed_search_treats_its_controls_as_one_never_killed(tmp_path: Path, halving: str) -> None:
+    """All configurations are the same, drawn from a single point, and curves are told apart by their trials."""
+    (tmp_path / "never").mkdir()
+    (tmp_path / "killed").mkdir()
+
+    def curve(assignment: Assignment, epoch: int) -> EpochResult:
+        number = int(assignment.trial_id[1:])
+        accuracy = 0.3 + 0.02 * (number * 5 % 14) * (1 if epoch > 4 else -0.5) + 0.02 * epoch
+        return epoch_result(epoch, accuracy, nll=1 - accuracy)
+
+    made = {}
+    for name, steps in {"never": [None], "killed": [9, 14, 3, None]}.items():
+        experiment = new_experiment(tmp_path / name)
+        first: list[str] = []
+        for count in steps:
+            with experiment.driving():
+                search = plan(
+                    num_trials=14,
+                    halving=halving,
+                    baselines=(),
+                    base=AVERAGED,
+                    grace_epochs=1,
+                    control_fraction=0.4,
+                    dimensions={"dropout": FloatDistribution(0.1, 0.1)},
+                    finalists=1,
+                )
+                ledger = make_ledger(experiment, search, max_concurrent=2)
+                first = advance(ledger, curve, steps=count, first=first)
+        assert ledger.finished
+        made[name] = decisions(experiment)
+        rows = experiment.trials()
+        assert rows["control"].sum() >= 5
+        assert (rows["finalist_of"] != "").sum() == 1
+    assert made["never"] == made["killed"]
+    assert halving == "promote" or "spared" in {decision for *_, decision in made["never"]}
 
 
 @pytest.mark.parametrize("halving", [name for name in HALVINGS if name != "none"])
@@ -281,6 +320,26 @@ def test_below_ten_controls_the_audit_says_so() -> None:
     assert "weak not enough data, medium not enough data, strong not enough data" in findings([seen])[1]
 
 
+def test_one_of_one_proves_nothing() -> None:
+    lucky = [(0.3, 0.9, "spared"), *((0.6, 0.7, "continue") for _ in range(9))]
+    (seen,) = audit(*tables(lucky), metric="val_accuracy", mode="max")
+    assert seen.stopped_wins is not None
+    assert seen.stopped_wins.value == 1.0
+    assert not any("hurting" in line for line in findings([seen]))
+    (seen,) = audit(*tables([(0.3, 0.1 * i, "spared") for i in range(10)]), metric="val_accuracy", mode="max")
+    assert any("all 10 would have been stopped" in line for line in findings([seen]))
+
+
+def test_trials_that_patience_ended_are_learned_from() -> None:
+    halving = HALVINGS["forecast"](Ladder(grace_epochs=3, max_epochs=9, factor=3))
+    verdicts = []
+    for number in range(12):
+        candidate = Candidate(f"t{number}", 0.5)
+        verdicts.append(halving.judge(candidate, epoch=3, score=0.5 - 0.02 * number).verdict)
+        halving.judge(candidate, epoch=6, score=0.6 - 0.02 * number, last=True)
+    assert set(verdicts[-6:]) == {"stop"}
+
+
 def test_early_stopping_that_hurts_is_called_so() -> None:
     """Twelve that would be stopped end above eight that would not: ranks are inverted."""
     inverted = [(0.3, 0.8 + 0.001 * i, "spared") for i in range(12)] + [(0.6, 0.7, "continue")] * 8
@@ -317,6 +376,23 @@ def test_a_killed_search_trains_each_finalist_once(tmp_path: Path) -> None:
     assert experiment.trials()["finalist_of"].value_counts().drop("").tolist() == [2, 2]
 
 
+def test_weights_beyond_what_is_kept_are_removed_when_a_search_goes_on(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    for keep in (10, 1):
+        with experiment.driving():
+            ledger = make_ledger(experiment, plan(num_trials=6, keep_checkpoints=keep), max_concurrent=2)
+
+            def curve(assignment: Assignment, epoch: int) -> EpochResult:
+                best = experiment.files(assignment.trial_id).best
+                best.parent.mkdir(parents=True, exist_ok=True)
+                best.write_text("weights")
+                return CROSSING(assignment, epoch)
+
+            advance(ledger, curve)
+        assert (experiment.trials()["checkpoint"] != "").sum() == min(keep, 6)
+        assert len(list(experiment.root.glob("checkpoints/*/best.safetensors"))) == min(keep, 6)
+
+
 def test_no_trial_begins_once_the_epochs_are_spent(tmp_path: Path) -> None:
     trials = searched(tmp_path, num_trials=60, max_total_epochs=50).trials()
     assert 50 <= trials["epochs_trained"].sum() < 50 + 2 * MAX_EPOCHS
@@ -326,14 +402,15 @@ def test_no_trial_begins_once_the_epochs_are_spent(tmp_path: Path) -> None:
 def test_what_trains_when_the_time_is_up_is_stopped_and_a_resume_goes_on(tmp_path: Path) -> None:
     experiment = new_experiment(tmp_path)
     with experiment.driving():
-        ledger = make_ledger(experiment, plan(num_trials=6), max_concurrent=2, max_seconds=0.5)
+        ledger = make_ledger(experiment, plan(num_trials=6), max_concurrent=2)
         advance(ledger, CROSSING, steps=5)
-        time.sleep(0.5)
-        advance(ledger, CROSSING, first=[])
+        ledger._rules = replace(ledger._rules, max_seconds=1e-9)
+        assert ledger.next_trial() is None
         for trial_id in sorted(ledger.running):
             last_epoch = experiment.history.trials[trial_id].last_epoch
             assert not ledger.report(trial_id, epoch_result(last_epoch + 1, 0.5), node="")
-        assert ledger.finished
+        assert ledger.out_of_time
+        assert not ledger.finished
     trials = experiment.trials()
     assert set(trials["stop_reason"]) == {"time budget"}
     assert set(trials["status"]) == {"pruned"}
@@ -360,4 +437,4 @@ def test_what_trains_when_the_time_is_up_is_stopped_and_a_resume_goes_on(tmp_pat
 )
 def test_searches_that_make_no_sense_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        plan(**arguments)  # type: ignore[arg-type]
+        plan(**arguments).check()  # type: ignore[arg-type]

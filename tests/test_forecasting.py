@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -77,18 +75,3 @@ def test_controls_that_no_longer_count_teach_but_are_not_compared_with() -> None
     before = taught.forecast("t0")
     taught.judge(control, epoch=9, score=0.9, counts=False)
     assert taught.forecast("t0") != before
-
-
-def test_a_verdict_takes_under_a_millisecond_with_10_000_trials() -> None:
-    strategy = Forecasting(LADDER)
-    rng = np.random.default_rng(0)
-    for number, (strength, noise) in enumerate(rng.uniform(size=(10_000, 2))):
-        strategy.rungs[0].put(f"t{number}", score=0.5 - 0.3 * strength + 0.1 * noise, strength=strength, counts=True)
-        if number % 3 == 0:
-            strategy.rungs[0].end(f"t{number}", final=0.6 + 0.1 * noise)
-    seconds = []
-    for number in range(50):
-        start = time.process_time()
-        train(strategy, f"new{number}", strength=0.5, at_rung=0.4)
-        seconds.append(time.process_time() - start)
-    assert np.median(seconds) < 1e-3

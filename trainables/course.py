@@ -115,3 +115,8 @@ class Progress:
         for name, value in state.items():
             setattr(self, name, value)
         self.results = [EpochResult(**result) for result in state["results"]]
+
+
+def whole_so_far(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The progress of a training of a single leg, for resume files of versions that knew no other."""
+    return {"numbers": list(range(1, len(results) + 1)), "results": list(results)}

@@ -16,7 +16,7 @@ from torch import nn
 from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions, UsageError
 from results.store import TrialFiles
 from trainables.config import TrainConfig
-from trainables.course import Leg, Progress, whole
+from trainables.course import Leg, Progress, whole, whole_so_far
 from trainables.datasets import SplitImages
 from trainables.evaluation import predictions
 from trainables.learner import Learner
@@ -56,7 +56,7 @@ def run_trial(
     stored_epoch = 0  # the best epoch that is on disk, as far as this worker knows
     if files.resume.exists():
         saved = _read_resume_file(files.resume, data.device)
-        progress.load_state_dict(saved.pop("progress"))
+        progress.load_state_dict(saved.pop("progress", None) or whole_so_far(saved["results"]))
         state.load_state_dict(saved)
         yield from (result for result in progress.results if result.epoch > epochs_recorded)
     while not progress.finished:
