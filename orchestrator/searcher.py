@@ -44,19 +44,24 @@ class DiskFull(OSError):
 class LedgerSearcher(Searcher):
     """Hands the ledger's trials to Tune, never more than `max_concurrent` at a time.
 
-    Tune would ask for many ahead of need, and TPE would draw them knowing nothing.
+    Tune would ask for many ahead of need, and TPE would draw them knowing nothing. `failure` keeps what is raised here.
     """
 
     def __init__(self, ledger: Ledger, *, max_concurrent: int) -> None:
         super().__init__()
         self._ledger = ledger
         self._max_concurrent = max_concurrent
+        self.failure: Exception | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The configuration of the next trial, None while enough are running, FINISHED after the last."""
         if len(self._ledger.running) >= self._max_concurrent:
             return None
-        assignment = self._ledger.next_trial()
+        try:
+            assignment = self._ledger.next_trial()
+        except Exception as error:
+            self.failure = error
+            raise
         if assignment is None:
             return Searcher.FINISHED if not self._ledger.running else None
         return {
@@ -243,6 +248,7 @@ def fit(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.max_concurrent)
     trainable = tune.with_parameters(TuneTrial, data=data, device=resources.device, threads=resources.cpus)
     scheduler = LedgerScheduler(ledger)
+    searcher = LedgerSearcher(ledger, max_concurrent=resources.max_concurrent)
 
     def check() -> None:
         check_interrupt()
@@ -252,7 +258,7 @@ def fit(
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(ledger, max_concurrent=resources.max_concurrent),
+                search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=-1,
                 reuse_actors=reuse_actors,
@@ -268,6 +274,7 @@ def fit(
         try:
             tuner.fit()
         except Exception as error:
-            if scheduler.failure is not None:
-                raise scheduler.failure from error
+            failure = scheduler.failure or searcher.failure
+            if failure is not None:
+                raise failure from error
             raise

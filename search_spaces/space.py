@@ -42,7 +42,8 @@ NOT_PART_OF_A_POINT = ("seed", "dataset")
 class Budget:
     """What a search may spend. No trial is judged before `grace_epochs` (None: a third of `max_epochs`).
 
-    `max_total_epochs` and `max_seconds` bound all trials together; None: without a bound.
+    `max_total_epochs` bounds all trials together: none begins once they are spent. `max_seconds` bounds each run of the
+    driver: what trains then is stopped. None: without a bound.
     """
 
     num_trials: int = 24
