@@ -205,7 +205,7 @@ def resumed(
     same = SearchPlan(
         source=plan.source,
         overrides={**info["overrides"], **plan.overrides},
-        num_trials=plan.num_trials or old["budget"]["num_trials"],
+        num_trials=plan.num_trials or max(old["budget"]["num_trials"], plan.source.space.budget.num_trials),
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
