@@ -233,11 +233,16 @@ def finalist_lines(ledger: Ledger) -> list[str]:
     for trial in trials.values():
         if trial.started.finalist_of and trial.completed and trial.best:
             repeats.setdefault(trial.started.finalist_of, []).append(getattr(trial.best, metric))
-    return [
+    lines = [
         f"{trial_id}  {metric} {getattr(trials[trial_id].best, metric):.4f} when chosen; with {len(values)} other "
         f"seeds {statistics.mean(values):.4f}" + (f" (sd {statistics.stdev(values):.4f})" if len(values) > 1 else "")
         for trial_id, values in repeats.items()
     ]
+    if ledger.finished and len(repeats) < ledger.rules.finalists:
+        lines.append(
+            f"only {len(repeats)} of {ledger.rules.finalists} finalists: no more trials were trained to their end"
+        )
+    return lines
 
 
 def print_audit(console: Console, ledger: Ledger) -> None:

@@ -68,7 +68,7 @@ class Ledger:
         self._stage: Stage = stage
         self.halving = halving
         self._proposer = proposer
-        self._rules = rules
+        self.rules = rules
         self._strength_of = strength_of
         self._notify = notify
         self._to_resume: deque[str] = deque()
@@ -139,7 +139,7 @@ class Ledger:
     @property
     def out_of_time(self) -> bool:
         """Whether this driver's time is up. A later one goes on with what is left."""
-        return self._rules.max_seconds is not None and time.monotonic() - self._began >= self._rules.max_seconds
+        return self.rules.max_seconds is not None and time.monotonic() - self._began >= self.rules.max_seconds
 
     def next_trial(self) -> Assignment | None:
         """The next trial to run, unfinished ones of an earlier driver first; None when there are none (for now)."""
@@ -195,7 +195,7 @@ class Ledger:
     def _start_proposed(self) -> TrialHistory:
         number, proposal = self.num_started, self._proposer.ask()
         # Baselines are no sample of what a search proposes.
-        chosen = is_control(number, share=self._rules.control_fraction, seed=self._rules.seed)
+        chosen = is_control(number, share=self.rules.control_fraction, seed=self.rules.seed)
         may_be = proposal.origin in {"startup", "model"} and bool(self.halving.rung_epochs)
         return self._start(proposal, control=chosen and may_be)
 
@@ -204,19 +204,19 @@ class Ledger:
 
     def _finalists_to_start(self) -> list[TrialHistory]:
         """The best configurations that lack trainings with other seeds, one entry for each that is to come."""
-        if not self._rules.finalists:
+        if not self.rules.finalists:
             return []
         history = self.experiment.history
         completed = [trial for trial in history.endings if trial.completed and trial.started.stage == self._stage]
         return lacking(
             self.ranked(completed),
             history.trials.values(),
-            finalists=self._rules.finalists,
-            seeds=self._rules.seeds,
+            finalists=self.rules.finalists,
+            seeds=self.rules.seeds,
         )
 
     def _start(self, proposal: Proposal, *, control: bool = False, finalist_of: str = "") -> TrialHistory:
-        seed = self._rules.seed + proposal.number
+        seed = self.rules.seed + proposal.number
         config = self.space.base.having({**proposal.params, "seed": seed})
         trial_id = f"t{proposal.number:05d}"
         self._record(

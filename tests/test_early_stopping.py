@@ -14,6 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from scipy.stats import rankdata
 
 from orchestrator.audit import audit, findings
+from orchestrator.console import finalist_lines
 from orchestrator.driver import make_ledger
 from orchestrator.halving import HALVINGS, Candidate, Ladder, Promotion, Stratified
 from orchestrator.ledger import Assignment
@@ -21,7 +22,7 @@ from orchestrator.strength import strength
 from results.events import Decided, read_events
 from results.schema import EpochResult, UsageError
 from results.store import Experiment, TrialFiles
-from tests.simulation import MAX_EPOCHS, advance, epoch_result, new_experiment, plan
+from tests.simulation import LEARNING, MAX_EPOCHS, advance, epoch_result, new_experiment, plan
 from trainables.config import TrainConfig
 from trainables.course import Leg, complete_schedules, num_epochs, trunk_and_branches
 from trainables.datasets import SplitImages
@@ -365,6 +366,18 @@ def test_finalists_are_the_best_configurations_with_other_seeds(tmp_path: Path) 
         assert set(rows["config.dropout"]) == {original["config.dropout"]}
 
 
+def test_fewer_finalists_than_asked_for_are_spoken_of(tmp_path: Path) -> None:
+    """Of three trials two diverge at epoch 2."""
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        baselines = ({"dropout": 0.1}, {"dropout": 0.46}, {"dropout": 0.47})
+        ledger = make_ledger(experiment, plan(num_trials=3, finalists=2, baselines=baselines), max_concurrent=2)
+        advance(ledger, LEARNING)
+        lines = finalist_lines(ledger)
+    assert len(lines) == 2
+    assert lines[1] == "only 1 of 2 finalists: no more trials were trained to their end"
+
+
 def test_a_killed_search_trains_each_finalist_once(tmp_path: Path) -> None:
     experiment = new_experiment(tmp_path)
     arguments = {"num_trials": 6, "finalists": 2, "seeds": 2}
@@ -404,7 +417,7 @@ def test_what_trains_when_the_time_is_up_is_stopped_and_a_resume_goes_on(tmp_pat
     with experiment.driving():
         ledger = make_ledger(experiment, plan(num_trials=6), max_concurrent=2)
         advance(ledger, CROSSING, steps=5)
-        ledger._rules = replace(ledger._rules, max_seconds=1e-9)
+        ledger.rules = replace(ledger.rules, max_seconds=1e-9)
         assert ledger.next_trial() is None
         for trial_id in sorted(ledger.running):
             last_epoch = experiment.history.trials[trial_id].last_epoch
