@@ -73,6 +73,7 @@ def make(experiment: Experiment, candidates: Candidates, args: argparse.Namespac
         selection=args.selection,
         combiner=args.combiner,
         rng=np.random.default_rng([args.seed, SELECTION_STREAM]),
+        configurations=[candidate.configuration for candidate in candidates.rows],
     )
     ensemble_id = experiment.next_ensemble_id()
     scores: list[ScoreRecord] = []

@@ -15,7 +15,7 @@ from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, FITS_WEIGHTS, fit_weights
 from orchestrator.metrics import HIGHER_IS_BETTER, METRICS, Scored, score
 from orchestrator.pool import POOLS, Candidates, Pool, SelectPool
-from orchestrator.selection import SELECTORS, Selection, by_accuracy, random, top, uniform
+from orchestrator.selection import SELECTORS, Selection, by_accuracy, random, seeds_of_best, top, uniform
 from orchestrator.statistics import interval, resampled_means
 from results.schema import FloatArray, ScoreRecord
 
@@ -76,10 +76,19 @@ class Row:
         return f"{name} (mean of {len(self.ensembles)} draws)" if len(self.ensembles) > 1 else name
 
 
-def choose(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> list[Row]:
+def choose(
+    select: SelectPool,
+    *,
+    k: int,
+    selection: str,
+    combiner: str,
+    rng: np.random.Generator,
+    configurations: Sequence[str] = (),
+) -> list[Row]:
     """The chosen ensemble, its members under every other combiner, and the controls, all fitted on select.
 
-    The first row is the chosen one. Controls: the best single model, top-k and random-k under the mean.
+    The first row is the chosen one. Controls: the best single model, top-k and random-k under the mean, and, when there
+    are finalists, k seeds of one configuration. `configurations`: of each candidate.
     """
     chosen = SELECTORS[selection](select, k, rng)
     rows = [Row("ensemble", selection, True, (Ensemble.fit(chosen, combiner, select),))]
@@ -93,6 +102,9 @@ def choose(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np
     rows.append(Row("control", "top", False, (Ensemble.fit(top(select, k, rng), "mean", select),)))
     draws = tuple(Ensemble.fit(random(select, k, rng), "mean", select) for _ in range(RANDOM_DRAWS))
     rows.append(Row("control", "random", False, draws))
+    seeds = seeds_of_best(select, k, configurations)
+    if seeds is not None:
+        rows.append(Row("control", "seeds", False, (Ensemble.fit(seeds, "mean", select),)))
     return rows
 
 

@@ -34,6 +34,7 @@ class Candidate:
 
     experiment: str
     trial_id: str
+    configuration: str
     backbone: str
     status: str
     train_seconds: float
@@ -153,6 +154,7 @@ def _candidate(experiment: Experiment, row: pd.Series) -> Candidate | None:
     return Candidate(
         experiment=experiment.name,
         trial_id=row["trial_id"],
+        configuration=f"{experiment.name}/{row['finalist_of'] or row['trial_id']}",
         backbone=row["backbone"],
         status=row["status"],
         train_seconds=float(row["train_seconds"]),

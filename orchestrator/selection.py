@@ -5,7 +5,7 @@ Shape suffixes: M candidates, N examples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,22 @@ def top(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
 def random(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
     """k drawn at random: what any selector must beat."""
     return uniform([int(i) for i in rng.choice(len(pool.log_probs_MNC), size=k, replace=False)])
+
+
+def seeds_of_best(pool: SelectPool, k: int, configurations: Sequence[str]) -> Selection | None:
+    """At most k trainings of one configuration, in their order: what other seeds alone would give.
+
+    `configurations`: of each candidate. Of those trained twice or more the one whose trainings are the most accurate on
+    average; None when there is none.
+    """
+    accuracy_M = (pool.log_probs_MNC.argmax(2) == pool.labels_N).mean(1)
+    trainings: dict[str, list[int]] = {}
+    for candidate, configuration in enumerate(configurations):
+        trainings.setdefault(configuration, []).append(candidate)
+    repeated = [members for members in trainings.values() if len(members) > 1]
+    if not repeated:
+        return None
+    return uniform(max(repeated, key=lambda members: float(accuracy_M[members].mean()))[:k])
 
 
 def greedy(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:

@@ -54,7 +54,8 @@ def select_pool(seed: int = 0, **kwargs: int) -> SelectPool:
 
 
 def candidates(members: int) -> Candidates:
-    rows = tuple(Candidate("x", f"t{i:05d}", "small_cnn", "completed", 10.0 * (i + 1), 100) for i in range(members))
+    ids = [f"t{i:05d}" for i in range(members)]
+    rows = tuple(Candidate("x", t, f"x/{t}", "small_cnn", "completed", 10.0 * (i + 1), 100) for i, t in enumerate(ids))
     return Candidates(rows, {})
 
 
@@ -245,6 +246,22 @@ def test_without_probabilities_there_are_no_metrics_of_probabilities() -> None:
     select = select_pool()
     scored = score(select.log_probs_MNC[0], select.labels_N, log_probs_NC=None)
     assert set(scored.metrics(scored.columns_NK.mean(0))) == {"accuracy", "top5_accuracy"}
+
+
+def test_seeds_of_one_configuration_are_a_control_where_there_are_some() -> None:
+    """Of a (right on 3 and 1 of 4, mean 2), b (2 and 3, mean 2.5) and c (4, once) the trainings of b are taken."""
+    right = [3, 1, 2, 3, 4]
+    labels = np.zeros(4, dtype=np.int64)
+    logits = np.array([[[1.0, 0.0] if n < r else [0.0, 1.0] for n in range(4)] for r in right])
+    select = SelectPool(log_softmax(logits), labels)
+    arguments = {"k": 3, "selection": "top", "combiner": "mean", "rng": np.random.default_rng(0)}
+    with_seeds = choose(select, configurations=["a", "a", "b", "b", "c"], **arguments)  # type: ignore[arg-type]
+    (row,) = (row for row in with_seeds if row.selection == "seeds")
+    assert row.kind == "control"
+    assert row.ensembles[0].members == (2, 3)
+    assert row in shown_on_test(with_seeds)
+    once = choose(select, configurations=["a", "b", "c", "d", "e"], **arguments)  # type: ignore[arg-type]
+    assert not any(row.selection == "seeds" for row in once)
 
 
 def test_a_control_of_several_draws_is_the_mean_of_their_metrics() -> None:
