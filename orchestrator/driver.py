@@ -131,6 +131,7 @@ def begin(args: argparse.Namespace, plan: SearchPlan, data: SplitImages, *, name
 def record_resumption(experiment: Experiment, plan: SearchPlan) -> None:
     """Write down what `experiment.json` says anew: a search may be made longer, and go on with other versions."""
     changes = {
+        "num_trials_given": plan.num_trials_given,
         "space": {
             **experiment.info["space"],
             **plan.space.describe(),

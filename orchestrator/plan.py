@@ -51,6 +51,8 @@ class SearchPlan:
     num_trials: int | None
     seed: int
     halving: str
+    num_trials_given: bool = True
+    """Whether the number of trials was asked for; else it is the space's, and follows it."""
     keep_checkpoints: int = 10
     control_fraction: float = 0.0
     finalists: int = 0
@@ -171,6 +173,7 @@ class SearchPlan:
             "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
             "warm_start": list(self.warm_start),
             "max_epochs": space.budget.max_epochs,
+            "num_trials_given": self.num_trials_given,
             "strengths_within": space.describe()["dimensions"],
             "config_fields": ANNOTATIONS,
             **provenance(command),
@@ -205,7 +208,8 @@ def resumed(
     same = SearchPlan(
         source=plan.source,
         overrides={**info["overrides"], **plan.overrides},
-        num_trials=plan.num_trials or max(old["budget"]["num_trials"], plan.source.space.budget.num_trials),
+        num_trials=plan.num_trials or _num_trials(plan, info),
+        num_trials_given=plan.num_trials is not None or info.get("num_trials_given", True),
         seed=info["seed"] if seed is None else seed,
         halving=halving or info["halving"],
         keep_checkpoints=info["keep_checkpoints"] if keep_checkpoints is None else keep_checkpoints,
@@ -248,6 +252,15 @@ def _is_narrowed(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
     if old == new or old.keys() != new.keys():
         return False
     return all(is_within(json_to_distribution(new[name]), json_to_distribution(old[name])) for name in old)
+
+
+def _num_trials(plan: SearchPlan, info: Mapping[str, Any]) -> int:
+    """How many trials an experiment is to have when no number is given: what it was, or what its space asks for now.
+
+    A number that was once given holds, as everything that is not given is what it was before.
+    """
+    before: int = info["space"]["budget"]["num_trials"]
+    return before if info.get("num_trials_given", True) else max(before, plan.source.space.budget.num_trials)
 
 
 def check_same_data(info: Mapping[str, Any], data: SplitImages) -> None:

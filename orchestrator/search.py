@@ -102,6 +102,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         source=load_space(args.space),
         overrides=overrides,
         num_trials=args.num_trials,
+        num_trials_given=args.num_trials is not None,
         seed=DEFAULT_SEED if args.seed is None else args.seed,
         halving=args.halving or DEFAULT_HALVING,
         control_fraction=DEFAULT_CONTROLS if args.control_fraction is None else args.control_fraction,

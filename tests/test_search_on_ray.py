@@ -149,7 +149,7 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
     experiment.rebuild()
     assert snapshot(root) == before_rebuild
     rung = {
-        event.trial_id: event.result.val_accuracy
+        event.trial_id: event.result.raw_val_accuracy
         for event in read_events(root / "events")
         if isinstance(event, EpochReported) and event.result.epoch == 3
     }

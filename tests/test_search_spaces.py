@@ -246,9 +246,11 @@ def test_a_resume_may_spend_more_and_keeps_what_was_given_before(tmp_path: Path)
     recorded = {**info, "space": {**info["space"], **longer.space.describe()}}
     assert resumed(plan(), recorded).space.budget.max_total_epochs is None
     more = replace(source, space=replace(source.space, budget=replace(source.space.budget, num_trials=40)))
-    assert resumed(replace(plan(), source=more, num_trials=None), info).space.budget.num_trials == 40
+    following = {**info, "num_trials_given": False}
+    assert resumed(replace(plan(), source=more, num_trials=None), following).space.budget.num_trials == 40
+    assert resumed(replace(plan(), source=more, num_trials=None), info).space.budget.num_trials == 8
     fewer = replace(source, space=replace(source.space, budget=replace(source.space.budget, num_trials=2)))
-    assert resumed(replace(plan(), source=fewer, num_trials=None), info).space.budget.num_trials == 8
+    assert resumed(replace(plan(), source=fewer, num_trials=None), following).space.budget.num_trials == 8
 
 
 @pytest.mark.parametrize(
