@@ -125,8 +125,8 @@ class SearchConsole:
         what = MARKS[trial.ended.status]
         if trial.ended.stop_reason:
             what += f" ({trial.ended.stop_reason})"
-        best = getattr(trial.best, self._metric) if trial.best else float("nan")
-        return f"{trial.trial_id}  {what:<16}  {best:.4f} after {trial.last_epoch} epochs  {self._progress()}"
+        best = f"{getattr(trial.best, self._metric):.4f}" if trial.best else "-"
+        return f"{trial.trial_id}  {what:<16}  {best} after {trial.last_epoch} epochs  {self._progress()}"
 
     def _progress(self) -> str:
         assert self._ledger is not None

@@ -94,7 +94,8 @@ def open_or_check_new(args: argparse.Namespace, plan: SearchPlan, name: str) -> 
     given = {key: getattr(args, key, None) for key in keys}
     plan = resumed(plan, experiment.info, **given)
     plan.check()
-    _check_finalists(plan, experiment)
+    if plan.finalists > experiment.info.get("finalists", 0):
+        _check_finalists(plan, experiment)
     return experiment, plan
 
 

@@ -144,7 +144,7 @@ def drive(
             stack.enter_context(experiment.driving())
         else:
             driver.record_resumption(experiment, plan)
-            ended = len(experiment.history.ended)
+            ended = sum(trial.started.stage == "search" for trial in experiment.history.ended)
             console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
         shown = SearchConsole(console, num_trials=plan.num_trials_in_all, metric=plan.space.metric)
         ledger = driver.make_ledger(

@@ -406,6 +406,23 @@ def test_weights_beyond_what_is_kept_are_removed_when_a_search_goes_on(tmp_path:
         assert len(list(experiment.root.glob("checkpoints/*/best.safetensors"))) == min(keep, 6)
 
 
+def test_a_finalist_that_the_time_budget_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    arguments = {"num_trials": 3, "finalists": 1, "seeds": 2, "halving": "none"}
+    with experiment.driving():
+        ledger = make_ledger(experiment, plan(**arguments), max_concurrent=1)
+        (finalist,) = advance(ledger, CROSSING, concurrent=1, steps=3 * MAX_EPOCHS + 4)
+        assert experiment.history.trials[finalist].started.finalist_of
+        ledger.rules = replace(ledger.rules, max_seconds=1e-9)
+        last_epoch = experiment.history.trials[finalist].last_epoch
+        assert not ledger.report(finalist, epoch_result(last_epoch + 1, 0.5), node="")
+    with experiment.driving():
+        ledger = make_ledger(experiment, plan(**arguments), max_concurrent=1)
+        advance(ledger, CROSSING, concurrent=1)
+    finalists = experiment.trials().query("stage == 'finalist'")
+    assert finalists["status"].value_counts().to_dict() == {"completed": 2, "pruned": 1}
+
+
 def test_no_trial_begins_once_the_epochs_are_spent(tmp_path: Path) -> None:
     trials = searched(tmp_path, num_trials=60, max_total_epochs=50).trials()
     assert 50 <= trials["epochs_trained"].sum() < 50 + 2 * MAX_EPOCHS
