@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,7 @@ class Ledger:
         self._notify = notify
         self._to_resume: deque[str] = deque()
         self._spared: set[str] = set()
+        self._began = math.inf  # nothing is late before the log has been replayed
         self.running: set[str] = set()
         self._retention = Retention(keep=rules.keep_checkpoints)
         self._replay()

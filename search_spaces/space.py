@@ -238,17 +238,9 @@ class SearchSpace:
 
         return self.point(draw).params
 
-    def with_overrides(
-        self,
-        overrides: Mapping[str, Scalar],
-        *,
-        num_trials: int | None = None,
-        max_total_epochs: int | None = None,
-        max_seconds: float | None = None,
-    ) -> SearchSpace:
+    def with_overrides(self, overrides: Mapping[str, Scalar], *, num_trials: int | None = None) -> SearchSpace:
         """The space with fields of the base set; a field that was a dimension is then fixed."""
-        bounds = {"num_trials": num_trials, "max_total_epochs": max_total_epochs, "max_seconds": max_seconds}
-        budget = replace(self.budget, **{k: v for k, v in bounds.items() if v is not None})  # type: ignore[arg-type]
+        budget = self.budget if num_trials is None else replace(self.budget, num_trials=num_trials)
         if "max_epochs" in overrides:
             budget = replace(budget, max_epochs=overrides["max_epochs"], grace_epochs=None)  # type: ignore[arg-type]
         base = self.base.having(overrides)

@@ -188,6 +188,20 @@ def test_a_decision_lost_in_a_crash_is_made_at_the_resume(tmp_path: Path) -> Non
     assert experiment.trials()["status"].tolist() == ["completed"]
 
 
+def test_the_time_of_a_driver_begins_after_what_an_earlier_one_left_undecided(tmp_path: Path) -> None:
+    experiment = new_experiment(tmp_path)
+    with experiment.driving():
+        ledger = ledger_of(experiment, num_trials=1)
+        assignment = ledger.next_trial()
+        assert assignment is not None
+        first = LEARNING(assignment, 1)
+        experiment.record(EpochReported(at=1.0, trial_id=assignment.trial_id, node="", result=first))
+    with experiment.driving():
+        ledger = make_ledger(experiment, plan(num_trials=1), max_concurrent=1, max_seconds=1e-9)
+        assert ledger.out_of_time
+        assert experiment.history.trials[assignment.trial_id].decisions[1].decision == "continue"
+
+
 def test_a_resumed_sampler_draws_new_points(tmp_path: Path) -> None:
     experiment = new_experiment(tmp_path)
     for num_trials in (1, 2, 3):  # each draws one more point at random, from a sampler made anew
