@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -165,6 +167,18 @@ def test_a_promoted_trial_trains_each_rungs_schedule_from_scratch(digits: SplitI
     assert results[-1].best_epoch == 1 + wanted[-1].best_epoch
     killed = killed_after_every_epoch(course, images, tmp_path)
     assert [figures(r) for r in killed] == [figures(r) for r in results]
+
+
+def test_a_resume_file_of_a_version_without_legs_is_gone_on_with(digits: SplitImages, tmp_path: Path) -> None:
+    images, files = ResidentImages.on("cpu", digits), TrialFiles(str(tmp_path), "t1", 0)
+    wanted = list(train(QUICK, images))
+    list(itertools.islice(run_trial(QUICK, images, files=files), 2))
+    saved = torch.load(files.resume, weights_only=True)
+    del saved["progress"]
+    torch.save(saved, files.resume)
+    rest = list(run_trial(QUICK, images, files=files, epochs_recorded=2))
+    assert [r.epoch for r in rest] == [3, 4]
+    assert [figures(r) for r in rest] == [figures(r) for r in wanted[2:]]
 
 
 def test_a_stable_trial_goes_on_from_its_trunk_after_a_branch(digits: SplitImages, tmp_path: Path) -> None:
