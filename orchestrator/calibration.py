@@ -1,13 +1,17 @@
-"""Temperature scaling of pooled probabilities (Guo et al. 2017). Shape suffixes: N examples, C classes."""
+"""Temperature scaling of members and of what is pooled from them (Guo et al. 2017).
+
+Shape suffixes: M members, N examples, C classes.
+"""
 
 from __future__ import annotations
 
 import math
 
-from scipy.optimize import minimize_scalar
+import numpy as np
+from scipy.optimize import brentq
 
 from results.schema import IntArray
-from trainables.validation import Probabilities, log_softmax, nll
+from trainables.validation import Probabilities, log_softmax
 
 BOUNDS = (0.05, 20.0)
 PRIOR_SCALE = math.log(2)
@@ -25,10 +29,20 @@ def fit_temperature(log_probs_NC: Probabilities, labels_N: IntArray) -> float:
     The prior weighs as much as one example whose log-likelihood changes by half a nat when T doubles: hundreds
     of examples with some errors among them outweigh it.
     """
+    below_best_NC = log_probs_NC.astype(np.float32)  # with the best class at 0, nothing overflows
+    below_best_NC -= below_best_NC.max(1, keepdims=True)
+    of_label = float(below_best_NC[np.arange(len(labels_N)), labels_N].sum(dtype=np.float64))
 
-    def objective(log_temperature: float) -> float:
-        prior = 0.5 * (log_temperature / PRIOR_SCALE) ** 2
-        return len(labels_N) * nll(tempered(log_probs_NC, math.exp(log_temperature)), labels_N) + prior
+    def slope(log_temperature: float) -> float:
+        """Of minus the log posterior in log T."""
+        inverse = math.exp(-log_temperature)
+        weights_NC = np.exp(below_best_NC * np.float32(inverse))
+        expected_N = np.einsum("nc,nc->n", weights_NC, below_best_NC) / weights_NC.sum(1)
+        return inverse * (of_label - float(expected_N.sum(dtype=np.float64))) + log_temperature / PRIOR_SCALE**2
 
     low, high = (math.log(bound) for bound in BOUNDS)
-    return math.exp(minimize_scalar(objective, bounds=(low, high), method="bounded").x)
+    if slope(low) >= 0:
+        return BOUNDS[0]
+    if slope(high) <= 0:
+        return BOUNDS[1]
+    return math.exp(brentq(slope, low, high, xtol=1e-4))

@@ -1,7 +1,9 @@
-"""COMBINERS: how members' predictions become one. Shape suffixes: M members, N examples, C classes.
+"""COMBINERS: how members' predictions become one, and what of it is fitted on select.
 
-Weights are non-negative and sum to 1. A combiner gives scores that rank the classes, and log-probabilities
-where it has any.
+A combiner takes log-probabilities [M, N, C] and weights, non-negative and summing to 1 over the members unless it says
+otherwise. It gives scores that rank the classes, and log-probabilities where it has any. Of one member, or of copies of
+one, every combiner gives that member's ranking and, where it has any, its probabilities.
+Shape suffixes: M members, N examples, C classes.
 """
 
 from __future__ import annotations
@@ -10,13 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from scipy.stats import rankdata
 
+from orchestrator.calibration import fit_temperature, tempered
 from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities, log_softmax
 
 FIT_STEPS = 200
+CLASS_WEIGHT_SCALE = 0.5
+"""Prior standard deviation of a class's log weights around those of all classes, which are at least LEAST_WEIGHT."""
+LEAST_WEIGHT = 1e-3
+STACKING_SCALE = 0.5
+"""Prior standard deviation of a stacked member's coefficient around 1 / M."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,22 @@ class Combined:
     log_probs_NC: Probabilities | None
 
 
-Combiner = Callable[[Probabilities, FloatArray], Combined]
+def as_selected(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray) -> FloatArray:
+    """The weights that the selector gave."""
+    return weights_M
+
+
+@dataclass(frozen=True)
+class Combiner:
+    """`combine(log_probs_MNC, weights)`; `fit(log_probs_MNC, labels_N, weights_M)` gives its weights, from select.
+
+    Weights are [M], or [M, C] where each class has its own. `linear`: a linear pool of probabilities, which can be
+    computed a few members at a time.
+    """
+
+    combine: Callable[[Probabilities, FloatArray], Combined]
+    fit: Callable[[Probabilities, IntArray, FloatArray], FloatArray] = as_selected
+    linear: bool = False
 
 
 def mean(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combined:
@@ -69,20 +93,16 @@ def max_confidence(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combi
     return Combined(log_probs_NC, log_probs_NC)
 
 
-# `weighted` is the mean with weights fitted on select instead of the selector's.
-COMBINERS: dict[str, Combiner] = {
-    "mean": mean,
-    "weighted": mean,
-    "vote": vote,
-    "rank": rank,
-    "max_confidence": max_confidence,
-    "geometric": geometric,
-}
-FITS_WEIGHTS = frozenset({"weighted"})
+def per_class(log_probs_MNC: Probabilities, weights_MC: FloatArray) -> Combined:
+    """The mean of probabilities with weights of their own for each class, which sum to 1 over the members; normalized."""
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights_MC)[:, None, :]
+    log_probs_NC = log_softmax(logsumexp(log_probs_MNC + log_weights, axis=0))
+    return Combined(log_probs_NC, log_probs_NC)
 
 
-def fit_weights(log_probs_MNC: Probabilities, labels_N: IntArray) -> FloatArray:
-    """Weights [M] on the simplex that minimize the NLL of the weighted mean.
+def fit_weights(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray | None = None) -> FloatArray:
+    """Weights [M] on the simplex that minimize the NLL of the weighted mean, whatever the selector's were.
 
     Expectation-maximization for mixture proportions (Dempster et al. 1977): the problem is convex, every step
     lowers the NLL, and the weights stay on the simplex.
@@ -94,3 +114,106 @@ def fit_weights(log_probs_MNC: Probabilities, labels_N: IntArray) -> FloatArray:
         responsibility_MN = weights_M[:, None] * likelihood_MN
         weights_M = (responsibility_MN / responsibility_MN.sum(0)).mean(1)
     return weights_M / weights_M.sum()
+
+
+def fit_class_weights(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray) -> FloatArray:
+    """Weights [M, C], the columns on the simplex, that minimize the NLL under a prior around those of `fit_weights`.
+
+    The prior is normal in the log weights: what a few examples of a class say does not move its weights far.
+    """
+    members, examples, classes = log_probs_MNC.shape
+    probs_MNC = np.exp(log_probs_MNC)
+    of_label_MN = probs_MNC[:, np.arange(examples), labels_N]
+    is_label_NC = np.eye(classes)[labels_N]
+    start_M1 = np.log(np.maximum(fit_weights(log_probs_MNC, labels_N), LEAST_WEIGHT))[:, None]
+
+    def objective(shifts: FloatArray) -> tuple[float, FloatArray]:
+        shifts_MC = shifts.reshape(members, classes)
+        weights_MC = softmax(start_M1 + shifts_MC, axis=0)
+        label_N = (weights_MC[:, labels_N] * of_label_MN).sum(0) + np.finfo(np.float64).tiny
+        total_N = np.einsum("mc,mnc->n", weights_MC, probs_MNC)
+        slope_MC = np.einsum("n,mnc->mc", 1 / total_N, probs_MNC) - (of_label_MN / label_N) @ is_label_NC
+        through_softmax_MC = weights_MC * (slope_MC - (weights_MC * slope_MC).sum(0))
+        value = np.log(total_N).sum() - np.log(label_N).sum() + 0.5 * (shifts**2).sum() / CLASS_WEIGHT_SCALE**2
+        return float(value), through_softmax_MC.reshape(-1) + shifts / CLASS_WEIGHT_SCALE**2
+
+    found = minimize(objective, np.zeros(members * classes), jac=True, method="L-BFGS-B")
+    weights: FloatArray = softmax(start_M1 + found.x.reshape(members, classes), axis=0)
+    return weights
+
+
+def fit_stacking(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray) -> FloatArray:
+    """Coefficients [M] of the members' log-probabilities that minimize the NLL, under a normal prior around 1 / M.
+
+    They sum to 1 and may be negative (multinomial logistic regression on log-probabilities, one coefficient a member,
+    whose common scale is left to the temperature).
+    """
+    members = len(log_probs_MNC)
+    of_label_MN = log_probs_MNC[:, np.arange(len(labels_N)), labels_N]
+
+    def coefficients(shifts_M: FloatArray) -> FloatArray:
+        return np.asarray(shifts_M - shifts_M.mean() + 1 / members)
+
+    def objective(shifts_M: FloatArray) -> tuple[float, FloatArray]:
+        pooled_NC = log_softmax(np.tensordot(coefficients(shifts_M), log_probs_MNC, axes=1))
+        expected_M = np.einsum("nc,mnc->m", np.exp(pooled_NC), log_probs_MNC)
+        slope_M = expected_M - of_label_MN.sum(1)
+        value = -pooled_NC[np.arange(len(labels_N)), labels_N].sum() + 0.5 * (shifts_M**2).sum() / STACKING_SCALE**2
+        return float(value), slope_M - slope_M.mean() + shifts_M / STACKING_SCALE**2
+
+    return coefficients(minimize(objective, np.zeros(members), jac=True, method="L-BFGS-B").x)
+
+
+COMBINERS: dict[str, Combiner] = {
+    "mean": Combiner(mean, linear=True),
+    "weighted": Combiner(mean, fit=fit_weights, linear=True),
+    "vote": Combiner(vote),
+    "rank": Combiner(rank),
+    "max_confidence": Combiner(max_confidence),
+    "geometric": Combiner(geometric),
+    "stacking": Combiner(geometric, fit=fit_stacking),
+    "per_class": Combiner(per_class, fit=fit_class_weights),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """A combiner with everything that was fitted on select; what turns members' predictions into the ensemble's.
+
+    `weights` are [M] or [M, C], as the combiner has them. Each member's probabilities are tempered, then combined, then
+    tempered once more; `temperature` is None where there are no probabilities.
+    """
+
+    combiner: str
+    weights: FloatArray
+    temperatures_M: FloatArray
+    temperature: float | None
+
+    @classmethod
+    def fit(
+        cls,
+        combiner: str,
+        log_probs_MNC: Probabilities,
+        labels_N: IntArray,
+        *,
+        weights_M: FloatArray,
+        temperatures_M: FloatArray,
+    ) -> Combination:
+        """Fit on select what a combiner fits, then the temperature of what it gives."""
+        calm_MNC = _tempered_members(log_probs_MNC, temperatures_M)
+        weights = COMBINERS[combiner].fit(calm_MNC, labels_N, weights_M)
+        log_probs_NC = COMBINERS[combiner].combine(calm_MNC, weights).log_probs_NC
+        temperature = None if log_probs_NC is None else fit_temperature(log_probs_NC, labels_N)
+        return cls(combiner, weights, temperatures_M, temperature)
+
+    def combine(self, log_probs_MNC: Probabilities) -> Combined:
+        """The members' predictions as one, calibrated where there are probabilities."""
+        combined = COMBINERS[self.combiner].combine(_tempered_members(log_probs_MNC, self.temperatures_M), self.weights)
+        if combined.log_probs_NC is None or self.temperature is None:
+            return combined
+        calibrated_NC = tempered(combined.log_probs_NC, self.temperature)
+        return Combined(calibrated_NC, calibrated_NC)
+
+
+def _tempered_members(log_probs_MNC: Probabilities, temperatures_M: FloatArray) -> Probabilities:
+    return log_softmax(log_probs_MNC / temperatures_M[:, None, None])
