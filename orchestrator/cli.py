@@ -160,3 +160,8 @@ def add_results_dir(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_RESULTS_DIR,
         help="where experiments lie (default: %(default)s)",
     )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add `--threads`."""
+    parser.add_argument("--threads", type=count, help="of a CPU (default: as many as there are cores to use)")

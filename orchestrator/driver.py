@@ -18,7 +18,7 @@ from orchestrator.plan import SearchPlan, check_same_data, provenance, resumed
 from orchestrator.proposals import Proposer, make_sampler
 from orchestrator.strength import strength
 from results.events import ExperimentResumed, ExperimentStopped
-from results.history import TrialHistory
+from results.history import History, TrialHistory
 from results.schema import Scalar, UsageError
 from results.store import Experiment
 from trainables.config import parse_overrides
@@ -116,12 +116,19 @@ def load_and_announce(
 ) -> SplitImages:
     """The data, and a line that says what is going to be trained on what."""
     data = load_data(plan, args.data_dir)
+    announce(plan, experiment, data, name=name, console=console)
+    return data
+
+
+def announce(
+    plan: SearchPlan, experiment: Experiment | None, data: SplitImages, *, name: str, console: Console
+) -> None:
+    """A line that says what is going to be trained on what. Raises UsageError when the data is another one now."""
     if experiment is not None:
         check_same_data(experiment.info, data)
     sizes = ", ".join(f"{n:,} {split}" for split, n in data.sizes().items())
     base = plan.space.base
     console.print(f"{name}: {base.backbone} on {base.dataset} ({sizes})", highlight=False, soft_wrap=True)
-    return data
 
 
 def begin(args: argparse.Namespace, plan: SearchPlan, data: SplitImages, *, name: str) -> Experiment:
@@ -129,9 +136,13 @@ def begin(args: argparse.Namespace, plan: SearchPlan, data: SplitImages, *, name
     return Experiment.create(args.results_dir, name=name, info=plan.info(name=name, data=data, command=command_line()))
 
 
-def record_resumption(experiment: Experiment, plan: SearchPlan) -> None:
-    """Write down what `experiment.json` says anew: a search may be made longer, and go on with other versions."""
+def record_resumption(experiment: Experiment, plan: SearchPlan, data: SplitImages | None = None) -> None:
+    """Write down what `experiment.json` says anew: a search may be made longer, and go on with other versions.
+
+    `data` gives what earlier versions did not record.
+    """
     changes = {
+        **({} if data is None else {"image_size": data.image_size, "channels": data.channels}),
         "num_trials_given": plan.num_trials_given,
         "space": {
             **experiment.info["space"],
@@ -157,7 +168,6 @@ def make_ledger(
 ) -> Ledger:
     """The ledger of an experiment, standing where its event log ends. `warm`: trials of others to learn from."""
     space, history = plan.space, experiment.history
-    given_started = [t.started.params for t in history.trials.values() if t.started.origin in {"baseline", "recipe"}]
     num_trials = space.budget.num_trials
     proposer = Proposer(
         experiment.study_path,
@@ -170,7 +180,7 @@ def make_ledger(
             trials_so_far=trials_so_far,
             conditional=space.define is not None,
         ),
-        given=[params for params in space.complete_baselines()[:num_trials] if params not in given_started],
+        given=_given(plan, history),
         given_origin="baseline" if plan.stage == "search" else "recipe",
     )
     proposer.learn(warm)
@@ -187,6 +197,15 @@ def make_ledger(
         strength_of=lambda config: strength(config, within),
         notify=notify,
     )
+
+
+def _given(plan: SearchPlan, history: History) -> list[dict[str, Scalar]]:
+    """The configurations to begin with that have not been started. What is not a search trains one with many seeds."""
+    space, trials = plan.space, history.trials.values()
+    if plan.stage != "search":
+        return space.complete_baselines() * (space.budget.num_trials - len(trials))
+    started = [trial.started.params for trial in trials if trial.started.origin == "baseline"]
+    return [params for params in space.complete_baselines()[: space.budget.num_trials] if params not in started]
 
 
 def interrupted(args: argparse.Namespace, name: str, console: Console) -> int:

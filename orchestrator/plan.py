@@ -18,7 +18,7 @@ from orchestrator.halving import HALVINGS, Halving, Ladder
 from results.schema import Scalar, Stage, UsageError
 from search_spaces.space import OBJECTIVES, NamedSpace, SearchSpace, is_within
 from trainables.backbones import check_backbone
-from trainables.config import ANNOTATIONS
+from trainables.config import ANNOTATIONS, TrainConfig
 from trainables.datasets import SplitImages
 
 FIXED = ("seed", "halving", "control_fraction")
@@ -60,6 +60,8 @@ class SearchPlan:
     stage: Stage = "search"
     warm_start: tuple[str, ...] = ()
     """Experiments whose trials the search learns from."""
+    teacher: Mapping[str, str] | None = None
+    """The ensemble that the trained models learn from: its experiment, its id, and a digest of what it is."""
 
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
@@ -71,6 +73,11 @@ class SearchPlan:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: wanted 0 or more, below 2**32")
         check_backbone(self.space.base.backbone)
+        if self.teacher is None and (self.space.base.distill_weight or "distill_weight" in self.space.dimensions):
+            raise UsageError(
+                "distill_weight above 0 without a teacher to learn from; leave it out, or give an ensemble to "
+                "python -m orchestrator.distill"
+            )
         if self.stage == "search" and self.space.base.val_fraction == 0:
             raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
 
@@ -159,6 +166,8 @@ class SearchPlan:
             "split_hash": data.split_hash,
             "split_sizes": data.sizes(),
             "class_names": list(data.class_names),
+            "image_size": data.image_size,
+            "channels": data.channels,
             "space": {"name": self.source.name, "source_hash": self.source.source_hash, **space.describe()},
             "overrides": dict(self.overrides),
             "seed": self.seed,
@@ -172,6 +181,7 @@ class SearchPlan:
             "mode": space.mode,
             "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
             "warm_start": list(self.warm_start),
+            "teacher": None if self.teacher is None else dict(self.teacher),
             "max_epochs": space.budget.max_epochs,
             "num_trials_given": self.num_trials_given,
             "strengths_within": space.describe()["dimensions"],
@@ -199,6 +209,7 @@ def resumed(
     """
     # Experiments of earlier versions do not have all of it.
     old = {"further_objectives": [], "conditional": False, **info["space"]}
+    old["base"] = {**TrainConfig().to_dict(), **old["base"]}
     warm_start = tuple(info.get("warm_start", ()))
     if plan.warm_start and plan.warm_start != warm_start:
         raise UsageError(
@@ -218,7 +229,9 @@ def resumed(
         seeds=info.get("seeds", 1) if seeds is None else seeds,
         stage=plan.stage,
         warm_start=warm_start,
+        teacher=plan.teacher,
     )
+    _check_same_teacher(plan.teacher, info)
     if plan.stage != info.get("stage", "search"):
         raise UsageError(
             f"experiment {info['name']!r} is of stage {info.get('stage', 'search')}, not {plan.stage}; "
@@ -245,6 +258,17 @@ def resumed(
             f"undo that, or start anew with another --name"
         )
     return same
+
+
+def _check_same_teacher(teacher: Mapping[str, str] | None, info: Mapping[str, Any]) -> None:
+    before = info.get("teacher")
+    if teacher is None or before is None or dict(teacher) == before:
+        return
+    former, present = (f"{of['experiment']}/{of['ensemble_id']} ({of['digest']})" for of in (before, teacher))
+    raise UsageError(
+        f"experiment {info['name']!r} learns from ensemble {former}, not {present}; restore it, or start anew with "
+        f"another --name"
+    )
 
 
 def _is_narrowed(old: Mapping[str, str], new: Mapping[str, str]) -> bool:

@@ -143,7 +143,7 @@ def drive(
             experiment = driver.begin(args, plan, data, name=experiment_name(args, plan))
             stack.enter_context(experiment.driving())
         else:
-            driver.record_resumption(experiment, plan)
+            driver.record_resumption(experiment, plan, data)
             ended = sum(trial.started.stage == "search" for trial in experiment.history.ended)
             console.print(f"{ended} of {plan.space.budget.num_trials} trials have ended", highlight=False)
         shown = SearchConsole(console, num_trials=plan.num_trials_in_all, metric=plan.space.metric)

@@ -34,6 +34,26 @@ def replace_file(path: Path, content: bytes, *, sync: bool, permitted: Callable[
         temporary.unlink(missing_ok=True)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where there cannot be one; there whole or not at all.
+
+    Raises FileNotFoundError when there is no such file. What later replaces the first does not change the second.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        os.link(source, temporary)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        replace_file(target, source.read_bytes(), sync=True)
+        return
+    try:
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # replacing a name of the same file does nothing
+
+
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     """A table as a zstd-compressed parquet file; `options` go to `pyarrow.parquet.write_table`."""
     buffer = io.BytesIO()

@@ -195,6 +195,23 @@ class ScoreRecord:
     multiply_adds: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecord:
+    """One row of `distillation.parquet`: one metric, on one split, of a student and of the network trained alone.
+
+    Both were trained with the same seed: from the same weights, on the same batches.
+    """
+
+    seed: int
+    student: str
+    alone: str
+    split: Split
+    metric: str
+    student_value: float
+    alone_value: float
+    difference: float
+
+
 ARROW_TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
     "bool": pa.bool_(),

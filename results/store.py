@@ -31,6 +31,7 @@ from results.predictions import is_readable, predictions_bytes, read_predictions
 from results.schema import (
     SCHEMA_VERSION,
     DataWarning,
+    DistillationRecord,
     EpochRecord,
     Predictions,
     ScoreRecord,
@@ -296,6 +297,15 @@ class Experiment:
         """Where an ensemble lies."""
         return self.root / "ensembles" / ensemble_id
 
+    def ensemble_ids(self) -> list[str]:
+        """The ensembles that are complete, the newest last."""
+        return sorted((path.parent.name for path in self.root.glob("ensembles/*/ensemble.json")), key=_number_last)
+
+    def write_distillation(self, records: Sequence[DistillationRecord]) -> None:
+        """Store how the experiment's students compare with the networks trained alone, in `distillation.parquet`."""
+        table = rows_bytes([asdict(record) for record in records], arrow_schema(DistillationRecord))
+        replace_file(self.root / "distillation.parquet", table, sync=True)
+
     def next_ensemble_id(self) -> str:
         """`e0001` for the first ensemble."""
         taken = [int(path.name[1:]) for path in self.root.glob("ensembles/e*") if path.name[1:].isdigit()]
@@ -307,6 +317,11 @@ class Experiment:
         table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
         replace_file(folder / "scores.parquet", table, sync=True)
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
+
+
+def _number_last(ensemble_id: str) -> tuple[int, str]:
+    number = ensemble_id[1:]
+    return int(number) if number.isdigit() else -1, ensemble_id
 
 
 def _read_history(root: Path) -> History:

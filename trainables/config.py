@@ -139,6 +139,11 @@ class TrainConfig:
     """`none`, `flip` (an image and its mirror image) or `flip_shift` (these, and shifted by a pixel each way):
     predictions averaged over the views are stored as variant `tta`, beside the plain ones."""
 
+    distill_weight: float = 0.0
+    """Share of the loss that follows a teacher's probabilities (Hinton et al. 2015); 0: there is no teacher."""
+    distill_temperature: float = 4.0
+    """By which the teacher's and the student's log-probabilities are divided where they are compared."""
+
     precision: str = "auto"
     """`float32`, `bfloat16` or `float16` for convolutions and products; auto: bfloat16 on a GPU, float32 elsewhere."""
     compile: bool | None = None
@@ -268,7 +273,7 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
     (("image_size",), "1 to 2048", lambda x: 1 <= x <= 2048),
     (("initial_image_size",), "8 or more", lambda x: x >= 8),
     (("batch_size",), "2 or more: batch normalization needs them", lambda x: x >= 2),
-    (("lr", "head_lr_factor"), "a finite number above 0", lambda x: 0 < x < float("inf")),
+    (("lr", "head_lr_factor", "distill_temperature"), "a finite number above 0", lambda x: 0 < x < float("inf")),
     (
         ("warmup_epochs", "weight_decay", "mixup_alpha", "cutmix_alpha", "ricap_beta", "gradient_clip"),
         "a finite number, 0 or more",
@@ -282,7 +287,14 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
         lambda x: 0 <= x < 1,
     ),
     (
-        (*PROBABILITIES, "initial_lr_fraction", "final_lr_fraction", "decay_fraction", "affine_translate"),
+        (
+            *PROBABILITIES,
+            "initial_lr_fraction",
+            "final_lr_fraction",
+            "decay_fraction",
+            "affine_translate",
+            "distill_weight",
+        ),
         "a probability or fraction in [0, 1]",
         lambda x: 0 <= x <= 1,
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -46,27 +46,42 @@ VIEWS: dict[str, Views] = {
 }
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, data: TrainingImages, indices_N: IntArray, *, views: str = "none", precision: str = "auto"
 ) -> npt.NDArray[np.float16]:
-    """Float16 logits [N, C] of the images, in evaluation mode; on a CPU with batch norms folded into convolutions.
+    """Float16 logits [N, C] of images of a dataset, as `predict_batches` gives them."""
+    network = for_evaluation(model, data.device)
+    batches = data.evaluation_batches(indices_N)
+    return predict_batches(network, batches, device=data.device, views=views, precision=precision)
 
-    With several `views` the logits are the logarithm of the views' mean probabilities.
-    """
+
+def for_evaluation(model: nn.Module, device: str) -> nn.Module:
+    """The model in evaluation mode; on a CPU a copy with batch norms folded into convolutions."""
     model.eval()
-    network = folded(model) if data.device == "cpu" else model
-    logits = []
-    with autocast(precision, data.device):
-        for images_NCHW in data.evaluation_batches(indices_N):
-            logits_VNC = [
-                network(view.contiguous(memory_format=torch.channels_last)).float()
-                for view in VIEWS[views](images_NCHW)
-            ]
-            logits.append(logits_VNC[0] if len(logits_VNC) == 1 else _log_mean_probability(torch.stack(logits_VNC)))
+    return folded(model) if device == "cpu" else model
+
+
+@torch.inference_mode()
+def predict_batches(
+    network: nn.Module, batches: Iterable[Tensor], *, device: str, views: str = "none", precision: str = "auto"
+) -> npt.NDArray[np.float16]:
+    """Float16 logits [N, C] of one or more batches of float images [B, C, H, W] in 0 to 255, on the network's device.
+
+    `network` comes from `for_evaluation`.
+    """
+    with autocast(precision, device):
+        logits = [viewed_logits(network, images_NCHW, views=views) for images_NCHW in batches]
     out_NC = torch.cat(logits).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     result: npt.NDArray[np.float16] = out_NC.cpu().numpy().astype(np.float16)
     return result
+
+
+def viewed_logits(network: nn.Module, images_NCHW: Tensor, *, views: str) -> Tensor:
+    """Float32 logits [N, C]; with several `views` the logarithm of the views' mean probabilities."""
+    logits_VNC = [
+        network(view.contiguous(memory_format=torch.channels_last)).float() for view in VIEWS[views](images_NCHW)
+    ]
+    return logits_VNC[0] if len(logits_VNC) == 1 else _log_mean_probability(torch.stack(logits_VNC))
 
 
 def folded(model: nn.Module) -> nn.Module:

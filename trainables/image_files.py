@@ -106,16 +106,23 @@ def inspect_all(images: Sequence[EncodedImage], *, image_size: int | None) -> In
     )
 
 
-def decode_squares(images: Sequence[EncodedImage], *, image_size: int, channels: int) -> Pixels:
+def decode_squares(
+    images: Sequence[EncodedImage],
+    *,
+    image_size: int,
+    channels: int,
+    explained: Callable[[EncodedImage, str], str] | None = None,
+) -> Pixels:
     """Pixels [N, C, S, S], the same that `decode_all` gives, of images that were found readable.
 
-    Raises UsageError, naming it, for an image that can no longer be read.
+    Raises UsageError for an image that cannot be read: `explained` says of it and of why what is to be done; by
+    default, that it could be read before.
     """
     decoded = _in_threads(lambda image: _decode(image, image_size), images)
     pixels_NCHW = np.empty((len(images), channels, image_size, image_size), np.uint8)
     for index, (image, result) in enumerate(zip(images, decoded, strict=True)):
         if isinstance(result, str):
-            raise UsageError(_no_longer_readable(image, result))
+            raise UsageError((explained or _no_longer_readable)(image, result))
         pixels_NCHW[index] = result[0].transpose(2, 0, 1)[:channels]
     return pixels_NCHW
 

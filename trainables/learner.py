@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from trainables.backbones import check_backbone, parts
 from trainables.backbones.layers import set_dropout
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
+from trainables.distillation import distilled_loss
 from trainables.mixing import SoftTargets
 from trainables.model import INITIALIZATION_SAMPLE, Classifier, evenly_spread, fresh_model, multiply_adds
 from trainables.optim import MovingAverage, Optimization
@@ -42,15 +44,20 @@ STRUCTURE = (
     "channels_last",
 )
 WARMUP_STEPS = 3
+NO_TEACHER = (
+    "distill_weight={weight:g}, but there is no teacher to learn from; wanted python -m orchestrator.distill, or "
+    "DistilledImages around the images"
+)
 MOST_LABELS = 4  # of RICAP
 RECOMPILE_LIMIT = 32  # image sizes times stages of unfreezing
 
-Step = Callable[[Tensor, Tensor, Tensor], None]
+Step = Callable[..., None]
 
 
 def structure(config: TrainConfig) -> tuple[object, ...]:
     """What a compiled or captured step has built in; trials that agree in it can share a learner."""
-    switches = (bool(config.gradient_clip), bool(config.ema_decay), bool(config.unfreeze_epochs))
+    switched = ("gradient_clip", "ema_decay", "unfreeze_epochs", "distill_weight")
+    switches = (bool(getattr(config, name)) for name in switched)
     return (*(getattr(config, name) for name in STRUCTURE), *switches)
 
 
@@ -91,10 +98,12 @@ class Learner:
         self.label_smoothing, self.loss_sum, self.correct, self.attainable, self.norm_sum = torch.zeros(
             5, device=device
         )
+        self.distill_weight, self.distill_temperature = torch.zeros(2, device=device)
         self._trainable = [p.requires_grad for p in self.model.parameters()]
         self._precision = resolved(config.precision, device)
         self._accumulation_steps = config.accumulation_steps
         self._clip = bool(config.gradient_clip)
+        self._is_student = bool(config.distill_weight)
         self._scaler = torch.amp.GradScaler(device) if self._precision == "float16" else None
         on_gpu = device == "cuda"
         compiled = on_gpu if config.compile is None else config.compile
@@ -123,6 +132,8 @@ class Learner:
             self.model.load_state_dict(model.state_dict())
         set_dropout(self.model, config.dropout)
         self.label_smoothing.fill_(config.label_smoothing)
+        self.distill_weight.fill_(config.distill_weight)
+        self.distill_temperature.fill_(config.distill_temperature)
         self.optimization.begin(config)
         self.freeze(0)
         if self.ema is not None:
@@ -156,7 +167,7 @@ class Learner:
         """One update from one batch; figures are summed on the device, and nothing waits for it."""
         self.optimization.set_learning_rate(lr)
         targets = _padded(targets) if self._one_shape else targets
-        batch = (images_BCHW, targets.labels_BK, targets.weights_BK)
+        batch = (images_BCHW, targets.labels_BK, targets.weights_BK, *self._taught(targets))
         if self._graphs is None:
             self._step(*batch)
         else:
@@ -166,13 +177,19 @@ class Learner:
         if self.ema is not None:
             self.ema.update(self.model)
 
-    def _step(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor) -> None:
+    def _taught(self, targets: SoftTargets) -> tuple[Tensor, ...]:
+        """The teacher's log-probabilities where the configuration wants them."""
+        if not self._is_student:
+            return ()
+        if targets.teacher_log_probs_BC is None:
+            raise UsageError(NO_TEACHER.format(weight=float(self.distill_weight)))
+        return (targets.teacher_log_probs_BC,)
+
+    def _step(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor, *taught: Tensor) -> None:
         self.optimization.zero_grad()
-        chunks = zip(
-            *(t.tensor_split(self._accumulation_steps) for t in (images_BCHW, labels_BK, weights_BK)), strict=True
-        )
-        for images, labels, weights in chunks:
-            loss, correct = self._loss(images, labels, weights)
+        whole = (images_BCHW, labels_BK, weights_BK, *taught)
+        for images, *targets in zip(*(t.tensor_split(self._accumulation_steps) for t in whole), strict=True):
+            loss, correct = self._loss(images, *targets)
             loss = loss * (len(images) / len(images_BCHW))
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             self.loss_sum += loss.detach()
@@ -182,12 +199,18 @@ class Learner:
         if self._scaler is not None:
             self._scaler.update()
 
-    def _eager_loss(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def _eager_loss(
+        self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor, teacher_log_probs_BC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         targets = SoftTargets(labels_BK, weights_BK)
         with autocast(self._precision, self.data.device):
             logits_BC = self.model(images_BCHW)
         logits_BC = logits_BC.float()
-        return targets.loss(logits_BC, label_smoothing=self.label_smoothing), targets.correct(logits_BC.detach())
+        loss = targets.loss(logits_BC, label_smoothing=self.label_smoothing)
+        if teacher_log_probs_BC is not None:
+            weight, temperature = self.distill_weight, self.distill_temperature
+            loss = distilled_loss(loss, logits_BC, teacher_log_probs_BC, weight=weight, temperature=temperature)
+        return loss, targets.correct(logits_BC.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs; readable with `torch.load(weights_only=True)`."""
@@ -217,9 +240,10 @@ class Learner:
 def _padded(targets: SoftTargets) -> SoftTargets:
     """The same targets with as many labels as any mixing has, the added ones of weight 0."""
     missing = MOST_LABELS - targets.labels_BK.shape[1]
-    return SoftTargets(
-        torch.cat([targets.labels_BK, targets.labels_BK[:, :1].expand(-1, missing)], 1),
-        pad(targets.weights_BK, (0, missing)),
+    return replace(
+        targets,
+        labels_BK=torch.cat([targets.labels_BK, targets.labels_BK[:, :1].expand(-1, missing)], 1),
+        weights_BK=pad(targets.weights_BK, (0, missing)),
     )
 
 

@@ -54,7 +54,9 @@ def _peak_bytes(config: TrainConfig, data: TrainingImages, *, batch_size: int) -
     learner = Learner(replace(config, compile=False, cuda_graph=False, accumulation_steps=1), data)
     images = torch.zeros(batch_size, split.channels, split.image_size, split.image_size, device=data.device)
     targets = SoftTargets(
-        torch.zeros(batch_size, 1, dtype=torch.int64, device=data.device), torch.ones(batch_size, 1, device=data.device)
+        torch.zeros(batch_size, 1, dtype=torch.int64, device=data.device),
+        torch.ones(batch_size, 1, device=data.device),
+        torch.zeros(batch_size, split.num_classes, device=data.device) if config.distill_weight else None,
     )
     learner.begin_epoch()
     learner.step(images.contiguous(memory_format=memory_format(config)), targets, lr=0.0)

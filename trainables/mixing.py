@@ -22,10 +22,11 @@ from trainables.draws import CUTMIX, MIXUP, RICAP, Array, Group, Grouped, genera
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Each image has the labels of its row, by weights that sum to 1."""
+    """Each image has the labels of its row, by weights that sum to 1; and what a teacher makes of it, if any."""
 
     labels_BK: Tensor
     weights_BK: Tensor
+    teacher_log_probs_BC: Tensor | None = None
 
     def loss(self, logits_BC: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
         """Mean cross-entropy in nats against the mixed, smoothed targets (Szegedy et al. 2016)."""

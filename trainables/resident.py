@@ -85,7 +85,7 @@ class ResidentImages:
         if split.encoded is not None:
             raise ValueError("these images were loaded encoded, to be streamed: nothing is resident")
         images, labels, train, mean = (
-            _shared_tensor(array).to(device) for array in (split.images_NCHW, split.labels_N, split.train, split.mean_C)
+            shared_tensor(array).to(device) for array in (split.images_NCHW, split.labels_N, split.train, split.mean_C)
         )
         if device != "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
@@ -174,7 +174,7 @@ def at_size(images_BCHW: Tensor, side: int) -> Tensor:
     return interpolate(images_BCHW, size=side, mode="bilinear", antialias=True).clamp_(0, 255)
 
 
-def _shared_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+def shared_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     """A tensor over the array's memory, which nothing here writes to (Ray hands arrays out read-only)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
