@@ -44,8 +44,8 @@ class PairedDifference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval lies on one side of zero. One without width comes of few images, and shows nothing."""
+        return self.low is not None and self.high is not None and (0 < self.low < self.high or self.low < self.high < 0)
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:+.4f}, {self.high:+.4f}]"

@@ -247,7 +247,9 @@ def test_the_interval_worked_out_by_hand() -> None:
     assert found.high == pytest.approx(2 + 2.48414, abs=1e-5)
     assert not found.excludes_zero
     assert PairedDifference.of([2.9, 3.0, 3.1]).excludes_zero
+    assert PairedDifference.of([-2.9, -3.0, -3.1]).excludes_zero
     assert not PairedDifference.of([3.0]).excludes_zero
+    assert not PairedDifference.of([3.0, 3.0]).excludes_zero
 
 
 def test_a_share_of_the_gain_is_stated_only_where_a_difference_is_shown() -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from results.schema import SelectPredictions, UsageError
 from tests.conftest import ROOT, command_environment
 from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, split
+from trainables.distillation import DistilledImages
 from trainables.evaluation import predictions
 from trainables.loop import TrainState, train
-from trainables.resident import ResidentImages
+from trainables.resident import ResidentImages, TrainingImages
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -33,7 +35,7 @@ def on_gpu(digits: SplitImages) -> ResidentImages:
     return ResidentImages.on("cuda", digits)
 
 
-def logits_of(config: TrainConfig, data: ResidentImages, state: TrainState | None = None) -> np.ndarray:
+def logits_of(config: TrainConfig, data: TrainingImages, state: TrainState | None = None) -> np.ndarray:
     state = TrainState(config, data) if state is None else state
     for _ in train(config, data, state=state):
         pass
@@ -63,6 +65,18 @@ def test_a_captured_step_trains_as_an_eager_one(optimizer: str, on_gpu: Resident
     eager = logits_of(replace(config, **PLAIN), on_gpu)  # type: ignore[arg-type]
     captured = logits_of(replace(config, compile=False, cuda_graph=True), on_gpu)
     assert np.abs(captured - eager).max() < 0.1
+
+
+@on_a_gpu
+def test_a_captured_student_trains_as_an_eager_one(on_gpu: ResidentImages) -> None:
+    def teacher(images_BCHW: Tensor) -> Tensor:
+        tilt_C = torch.linspace(-0.1, 0.1, 10, device=images_BCHW.device)
+        return (images_BCHW.mean((1, 2, 3))[:, None] * tilt_C).log_softmax(-1)
+
+    config, taught = replace(SMALL, distill_weight=0.7, accumulation_steps=2), DistilledImages(on_gpu, teacher)
+    eager = logits_of(replace(config, **PLAIN), taught)  # type: ignore[arg-type]
+    for changes in ({"compile": False, "cuda_graph": True}, {"compile": True, "cuda_graph": True}):
+        assert np.abs(logits_of(replace(config, **changes), taught) - eager).max() < 0.1
 
 
 @on_a_gpu
