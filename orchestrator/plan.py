@@ -18,7 +18,7 @@ from orchestrator.halving import HALVINGS, Halving, Ladder
 from results.schema import Scalar, Stage, UsageError
 from search_spaces.space import OBJECTIVES, NamedSpace, SearchSpace, is_within
 from trainables.backbones import check_backbone
-from trainables.config import ANNOTATIONS
+from trainables.config import ANNOTATIONS, TrainConfig
 from trainables.datasets import SplitImages
 
 FIXED = ("seed", "halving", "control_fraction")
@@ -199,6 +199,7 @@ def resumed(
     """
     # Experiments of earlier versions do not have all of it.
     old = {"further_objectives": [], "conditional": False, **info["space"]}
+    old["base"] = {**TrainConfig().to_dict(), **old["base"]}
     warm_start = tuple(info.get("warm_start", ()))
     if plan.warm_start and plan.warm_start != warm_start:
         raise UsageError(

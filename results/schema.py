@@ -99,6 +99,8 @@ class EpochResult:
     attainable_train_accuracy: float = 1.0
     """The `train_accuracy` of always naming the heaviest label; below 1 where images are mixed."""
     raw_val_nll: float | None = None
+    inference_images_per_second: float | None = None
+    """Of the evaluated model on `select`, without test-time augmentation; the host waits for the last logits."""
 
     @property
     def diverged(self) -> bool:
@@ -158,6 +160,7 @@ class TrialRecord:
     multiply_adds: int | None
     train_seconds: float
     images_per_second: float | None
+    inference_images_per_second: float | None
     peak_memory_bytes: int | None
     predictions: str
     checkpoint: str

@@ -27,13 +27,14 @@ from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.files import json_bytes, replace_file, rows_bytes
 from results.history import History, TrialHistory
 from results.parts import Tables, part_paths
-from results.predictions import is_readable, predictions_bytes, read_predictions
+from results.predictions import is_readable, predictions_bytes, read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
     DataWarning,
     EpochRecord,
     Predictions,
     ScoreRecord,
+    Split,
     UsageError,
     arrow_schema,
     trial_schema,
@@ -42,6 +43,7 @@ from results.study import objectives_of, rebuild_study
 
 DEFAULT_RESULTS_DIR = "results/runs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LATER_COLUMNS = ("inference_images_per_second",)
 P = TypeVar("P", bound=Predictions)
 
 
@@ -69,7 +71,12 @@ class TrialFiles:
     @property
     def best(self) -> Path:
         """The weights behind the "best" predictions."""
-        return Path(self.root, "checkpoints", self.trial_id, "best.safetensors")
+        return self.weights("best")
+
+    def weights(self, variant: str) -> Path:
+        """The weights behind a variant's predictions; "tta" is "best" seen from several views."""
+        name = "best" if variant == "tta" else variant
+        return Path(self.root, "checkpoints", self.trial_id, f"{name}.safetensors")
 
     @property
     def predictions(self) -> Path:
@@ -85,6 +92,11 @@ class TrialFiles:
     def replace(self, path: Path, content: bytes) -> None:
         """Write a file of the trial, synced, unless the driver has been superseded."""
         replace_file(path, content, sync=True, permitted=self.check_current)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file of the trial, if it is there, unless the driver has been superseded."""
+        self.check_current()
+        path.unlink(missing_ok=True)
 
     def write_predictions(self, variants: Mapping[str, Sequence[Predictions]]) -> None:
         """Store each variant's predictions for several splits."""
@@ -240,12 +252,16 @@ class Experiment:
         return TrialFiles(str(self.root.absolute()), trial_id, self.generation)
 
     def tidy(self, trial: TrialHistory) -> None:
-        """Remove what an ended trial does not need: all but its weights, and these once retention has removed them."""
+        """Remove what an ended trial does not need: all but its weights, and these once retention has removed them.
+
+        Of a trial that was not trained to its end only the best epoch's have predictions; its snapshots go.
+        """
         assert trial.ended is not None
         files = self.files(trial.trial_id)
         keep_weights = trial.ended.has_checkpoint and not trial.checkpoint_removed
         for path in files.best.parent.glob("*"):
-            if path != files.best or not keep_weights:
+            of_variant = path == files.best or (trial.completed and path.suffix == files.best.suffix)
+            if not (keep_weights and of_variant):
                 path.unlink(missing_ok=True)
         if not keep_weights:
             with contextlib.suppress(OSError):  # not there, or somebody put something into it
@@ -268,7 +284,7 @@ class Experiment:
         for part in part_paths(self.root / folder):
             try:
                 with pq.ParquetFile(part) as file:
-                    tables.append(file.read(columns=schema.names).select(schema.names).cast(schema))
+                    tables.append(_conformed(file.read(columns=schema.names), schema))
             except (pa.ArrowException, OSError, KeyError) as error:
                 warnings.warn(
                     f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
@@ -284,6 +300,13 @@ class Experiment:
         Raises UsageError, naming the file, when it is missing or damaged.
         """
         return read_predictions(self._predictions_path(trial_id), of, variant=variant)
+
+    def stored_counts(self, trial_id: str) -> dict[str, dict[Split, int]]:
+        """How many examples each stored variant of a trial has predictions for, by split.
+
+        Raises UsageError, naming the file, when it is missing or damaged.
+        """
+        return stored_counts(self._predictions_path(trial_id))
 
     def has_readable_predictions(self, trial_id: str) -> bool:
         """Whether a trial's predictions are there and whole, as far as the file's footer tells."""
@@ -307,6 +330,14 @@ class Experiment:
         table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
         replace_file(folder / "scores.parquet", table, sync=True)
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
+
+
+def _conformed(part: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part as the schema has it; a column that versions before it did not write is null. Raises KeyError."""
+    for name in LATER_COLUMNS:
+        if name in schema.names and name not in part.column_names:
+            part = part.append_column(name, pa.nulls(len(part), schema.field(name).type))
+    return part.select(schema.names).cast(schema)
 
 
 def _read_history(root: Path) -> History:
