@@ -30,6 +30,7 @@ from results.parts import Tables, part_paths
 from results.predictions import is_readable, predictions_bytes, read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
+    ClassAccuracyRecord,
     DataWarning,
     EpochRecord,
     Predictions,
@@ -324,11 +325,22 @@ class Experiment:
         taken = [int(path.name[1:]) for path in self.root.glob("ensembles/e*") if path.name[1:].isdigit()]
         return f"e{max(taken, default=0) + 1:04d}"
 
-    def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
-        """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
+    def write_ensemble(
+        self,
+        ensemble_id: str,
+        *,
+        content: dict[str, Any],
+        scores: Sequence[ScoreRecord],
+        classes: Sequence[ClassAccuracyRecord],
+    ) -> None:
+        """Store an ensemble: its tables, then `ensemble.json`, whose presence says that it is complete."""
         folder = self.ensemble_folder(ensemble_id)
-        table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
-        replace_file(folder / "scores.parquet", table, sync=True)
+        for name, records, record in (
+            ("scores.parquet", scores, ScoreRecord),
+            ("classes.parquet", classes, ClassAccuracyRecord),
+        ):
+            table = rows_bytes([asdict(row) for row in records], arrow_schema(record))
+            replace_file(folder / name, table, sync=True)
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from results.schema import Scalar, UsageError
 
+NUM_VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Views of an image that each kind of test-time augmentation looks at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
