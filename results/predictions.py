@@ -105,12 +105,20 @@ def stored_counts(path: Path) -> dict[str, dict[Split, int]]:
 
     Raises UsageError, naming the file, when it is missing or damaged.
     """
-    with _opened(path) as file:
-        keys = file.read(columns=list(KEYS), use_threads=False)
     counts: dict[str, dict[Split, int]] = {}
-    for row in keys.group_by(list(KEYS), use_threads=False).aggregate([([], "count_all")]).to_pylist():
-        counts.setdefault(row["variant"], {})[row["split"]] = row["count_all"]
+    with _opened(path) as file:
+        for variant, split, count in _counted(file):
+            counts.setdefault(variant, {})[split] = count
     return counts
+
+
+def _counted(file: pq.ParquetFile) -> list[tuple[str, Split, int]]:
+    pairs = [pair for pair in _pairs(file) if pair is not None]
+    if len(pairs) == file.num_row_groups:
+        return [(*pair, file.metadata.row_group(number).num_rows) for number, pair in enumerate(pairs)]
+    keys = file.read(columns=list(KEYS), use_threads=False)
+    rows = keys.group_by(list(KEYS), use_threads=False).aggregate([([], "count_all")]).to_pylist()
+    return [(row["variant"], row["split"], row["count_all"]) for row in rows]
 
 
 def is_readable(path: Path) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,14 +292,16 @@ def test_killed_between_any_two_writes_and_resumed_ends_with_the_same_files(
 
 def test_snapshots_of_other_legs_are_dropped(images: ResidentImages, tmp_path: Path) -> None:
     # Promoted: epochs 1 and 2 are a training of their own, and the next one's second is epoch 4. Stable: the branch off
-    # the trunk's second epoch is epoch 3.
-    def snapshots(name: str) -> set[str]:
-        files, _ = trained(CONFIG, images, tmp_path / name, course=COURSES[name])
+    # the trunk's second epoch is epoch 3; so is a training from scratch in the place of the branch.
+    def snapshots(course: tuple[Leg, ...]) -> set[str]:
+        files, _ = trained(CONFIG, images, tmp_path / uuid.uuid4().hex, course=course)
         assert {path.stem for path in files.best.parent.glob("epoch_*")} <= set(stored_counts(files.predictions))
         return {path.stem for path in files.best.parent.glob("epoch_*")}
 
-    assert snapshots("promote") == {"epoch_4", "epoch_5", "epoch_6"}
-    assert snapshots("stable") == {"epoch_2", "epoch_4", "epoch_5"}
+    assert snapshots(COURSES["promote"]) == {"epoch_4", "epoch_5", "epoch_6"}
+    assert snapshots(COURSES["stable"]) == {"epoch_2", "epoch_4", "epoch_5"}
+    scratch = (Leg(end=2, trunk=True), Leg(end=1), Leg(start=2, end=4, trunk=True))
+    assert snapshots(scratch) == {"epoch_2", "epoch_4", "epoch_5"}
 
 
 # --- what stays on disk ---
