@@ -10,7 +10,7 @@ import math
 import numpy as np
 from scipy.optimize import brentq
 
-from results.schema import IntArray
+from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities, log_softmax
 
 BOUNDS = (0.05, 20.0)
@@ -23,8 +23,9 @@ def tempered(log_probs_NC: Probabilities, temperature: float) -> Probabilities:
     return log_softmax(log_probs_NC / temperature)
 
 
-def fit_temperature(log_probs_NC: Probabilities, labels_N: IntArray) -> float:
-    """The most probable temperature, between 0.05 and 20, under a log-normal prior around 1.
+def fit_temperature(log_probs_NC: FloatArray, labels_N: IntArray) -> float:
+    """The most probable temperature of log-probabilities or logits, between 0.05 and 20, under a log-normal prior
+    around 1.
 
     The prior weighs as much as one example whose log-likelihood changes by half a nat when T doubles: hundreds
     of examples with some errors among them outweigh it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 from scipy.stats import rankdata
 
 from orchestrator.calibration import fit_temperature, tempered
@@ -21,6 +21,8 @@ from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities, log_softmax
 
 FIT_STEPS = 200
+TINY = 1e-37
+"""What a smaller probability counts as: 85 nats."""
 CLASS_WEIGHT_SCALE = 0.5
 """Prior standard deviation of a class's log weights around those of all classes, which are at least LEAST_WEIGHT."""
 LEAST_WEIGHT = 1e-3
@@ -45,20 +47,16 @@ def as_selected(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: Flo
 class Combiner:
     """`combine(log_probs_MNC, weights)`; `fit(log_probs_MNC, labels_N, weights_M)` gives its weights, from select.
 
-    Weights are [M], or [M, C] where each class has its own. `linear`: a linear pool of probabilities, which can be
-    computed a few members at a time.
+    Weights are [M], or [M, C] where each class has its own.
     """
 
     combine: Callable[[Probabilities, FloatArray], Combined]
     fit: Callable[[Probabilities, IntArray, FloatArray], FloatArray] = as_selected
-    linear: bool = False
 
 
 def mean(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combined:
     """The weighted arithmetic mean of probabilities (a linear opinion pool)."""
-    with np.errstate(divide="ignore"):
-        log_weights = np.log(weights_M)[:, None, None]
-    log_probs_NC = logsumexp(log_probs_MNC + log_weights, axis=0)
+    log_probs_NC = _log_of_sum(log_probs_MNC, weights_M)
     return Combined(log_probs_NC, log_probs_NC)
 
 
@@ -94,11 +92,17 @@ def max_confidence(log_probs_MNC: Probabilities, weights_M: FloatArray) -> Combi
 
 
 def per_class(log_probs_MNC: Probabilities, weights_MC: FloatArray) -> Combined:
-    """The mean of probabilities with weights of their own for each class, which sum to 1 over the members; normalized."""
-    with np.errstate(divide="ignore"):
-        log_weights = np.log(weights_MC)[:, None, :]
-    log_probs_NC = log_softmax(logsumexp(log_probs_MNC + log_weights, axis=0))
+    """The mean of probabilities with weights for each class, which sum to 1 over the members; normalized."""
+    log_probs_NC = log_softmax(_log_of_sum(log_probs_MNC, weights_MC))
     return Combined(log_probs_NC, log_probs_NC)
+
+
+def _log_of_sum(log_probs_MNC: Probabilities, weights: FloatArray) -> Probabilities:
+    """The logarithm of weighted sums of probabilities, each at least TINY; weights are [M] or [M, C]."""
+    total_NC = np.zeros_like(log_probs_MNC[0])
+    for log_probs_NC, weight in zip(log_probs_MNC, weights.astype(total_NC.dtype), strict=True):
+        total_NC += weight * np.exp(log_probs_NC)
+    return np.asarray(np.log(np.maximum(total_NC, TINY)))
 
 
 def fit_weights(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray | None = None) -> FloatArray:
@@ -165,8 +169,8 @@ def fit_stacking(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: Fl
 
 
 COMBINERS: dict[str, Combiner] = {
-    "mean": Combiner(mean, linear=True),
-    "weighted": Combiner(mean, fit=fit_weights, linear=True),
+    "mean": Combiner(mean),
+    "weighted": Combiner(mean, fit=fit_weights),
     "vote": Combiner(vote),
     "rank": Combiner(rank),
     "max_confidence": Combiner(max_confidence),
@@ -199,21 +203,23 @@ class Combination:
         weights_M: FloatArray,
         temperatures_M: FloatArray,
     ) -> Combination:
-        """Fit on select what a combiner fits, then the temperature of what it gives."""
-        calm_MNC = _tempered_members(log_probs_MNC, temperatures_M)
-        weights = COMBINERS[combiner].fit(calm_MNC, labels_N, weights_M)
-        log_probs_NC = COMBINERS[combiner].combine(calm_MNC, weights).log_probs_NC
+        """Fit on select what a combiner fits, then the temperature of what it gives.
+
+        `log_probs_MNC` have been tempered by `temperatures_M`.
+        """
+        weights = COMBINERS[combiner].fit(log_probs_MNC, labels_N, weights_M)
+        log_probs_NC = COMBINERS[combiner].combine(log_probs_MNC, weights).log_probs_NC
         temperature = None if log_probs_NC is None else fit_temperature(log_probs_NC, labels_N)
         return cls(combiner, weights, temperatures_M, temperature)
 
     def combine(self, log_probs_MNC: Probabilities) -> Combined:
         """The members' predictions as one, calibrated where there are probabilities."""
-        combined = COMBINERS[self.combiner].combine(_tempered_members(log_probs_MNC, self.temperatures_M), self.weights)
+        return self.combine_tempered(log_softmax(log_probs_MNC / self.temperatures_M[:, None, None]))
+
+    def combine_tempered(self, log_probs_MNC: Probabilities) -> Combined:
+        """The same of members' predictions that have been tempered by `temperatures_M`."""
+        combined = COMBINERS[self.combiner].combine(log_probs_MNC, self.weights)
         if combined.log_probs_NC is None or self.temperature is None:
             return combined
         calibrated_NC = tempered(combined.log_probs_NC, self.temperature)
         return Combined(calibrated_NC, calibrated_NC)
-
-
-def _tempered_members(log_probs_MNC: Probabilities, temperatures_M: FloatArray) -> Probabilities:
-    return log_softmax(log_probs_MNC / temperatures_M[:, None, None])

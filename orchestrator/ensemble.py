@@ -1,7 +1,8 @@
-"""Choose a diverse ensemble of a search's trials and score it, from stored predictions alone.
+"""Choose an ensemble of stored models, score it beside its controls and keep it, from stored predictions alone.
 
 python -m orchestrator.ensemble --top-k 5
 python -m orchestrator.ensemble --experiment cifar100 --selection greedy --combiner weighted
+python -m orchestrator.ensemble --candidates "variant == 'best' and stage == 'finalist'" --max-cost 2e8
 """
 
 from __future__ import annotations
@@ -9,24 +10,28 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
 from orchestrator import cli
+from orchestrator.candidates import Candidate, Candidates, choose_experiments, find_candidates
 from orchestrator.combination import COMBINERS
-from orchestrator.diversity import disagreement, mean_disagreement
-from orchestrator.ensembling import Row, choose, score_rows, shown_on_test
-from orchestrator.pool import Candidates, EstimatePool, SelectPool, TestPool, find_candidates
+from orchestrator.diversity import Diversity, diversity
+from orchestrator.ensemble_console import Report, show
+from orchestrator.ensembling import MOST_AT_ONCE, Row, choose, shown_on_test
+from orchestrator.metrics import class_accuracies
+from orchestrator.pool import POOLS, EstimatePool, Pool, SelectPool, TestPool
+from orchestrator.returns import cross_fitted, curve, front
+from orchestrator.scoring import num_comparisons, score_rows
 from orchestrator.selection import SELECTORS
 from results.events import EnsembleMade
-from results.schema import FloatArray, ScoreRecord
+from results.schema import ClassAccuracyRecord, UsageError
 from results.store import Experiment
 
-SELECTION_STREAM, INTERVAL_STREAM = 0, 1
+SELECTION_STREAM, INTERVAL_STREAM, CURVE_STREAM, STABILITY_STREAM = range(4)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -37,13 +42,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--experiment", nargs="+", default=[], metavar="NAME", help="default: the newest with two or more candidates"
+        "--experiment",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="several are pooled and the ensemble lies in the first (default: the newest with two or more candidates)",
     )
     parser.add_argument("--top-k", type=cli.count, default=5, help="members at most (default: 5)")
     parser.add_argument("--selection", choices=list(SELECTORS), default="diverse", help="default: diverse")
     parser.add_argument("--combiner", choices=list(COMBINERS), default="mean", help="default: mean")
     parser.add_argument(
         "--include-stopped", action="store_true", help="let trials that were stopped early be members too"
+    )
+    parser.add_argument(
+        "--candidates",
+        default="",
+        metavar="EXPR",
+        help="take those only for which this holds, as in pandas.DataFrame.query over the columns of trials/, "
+        "`experiment` and `variant`",
+    )
+    parser.add_argument(
+        "--max-cost",
+        type=cli.positive,
+        metavar="MULTIPLY_ADDS",
+        help="most multiply-adds of predicting an image with the chosen ensemble",
     )
     cli.add_results_dir(parser)
     parser.add_argument("--seed", type=cli.count_or_zero, default=0)
@@ -54,150 +76,148 @@ def main(arguments: list[str] | None = None) -> int:
     """Make an ensemble. Returns the exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     console = cli.make_console()
-    found = find_candidates(args.results_dir, args.experiment, k=args.top_k, include_stopped=args.include_stopped)
-    experiment = next(iter(found.experiments.values()))
-    with experiment.driving():
-        # Read once more, now that no search can be adding trials.
-        names = list(found.experiments)
-        candidates = find_candidates(args.results_dir, names, k=args.top_k, include_stopped=args.include_stopped)
-        make(experiment, candidates, args, console)
+    experiments = choose_experiments(args.results_dir, args.experiment, include_stopped=args.include_stopped)
+    experiment = next(iter(experiments.values()))
+    with experiment.driving():  # no search adds trials from here on
+        candidates, select = find(experiments, args)
+        show(console, make(experiment, candidates, select, args))
     return cli.DONE
 
 
-def make(experiment: Experiment, candidates: Candidates, args: argparse.Namespace, console: Console) -> None:
-    """Choose an ensemble, score it, store it in the experiment and print it."""
-    select = candidates.load(SelectPool)
+def find(experiments: dict[str, Experiment], args: argparse.Namespace) -> tuple[Candidates, SelectPool]:
+    """The candidates with sound predictions, and their pool. Raises UsageError when they are fewer trials than k."""
+    found = find_candidates(experiments, k=args.top_k, include_stopped=args.include_stopped, expression=args.candidates)
+    candidates, select = found.read_select()
+    sound = len(np.unique(select.trials_M))
+    if sound < args.top_k:
+        raise UsageError(f"--top-k {args.top_k} but only {sound} trials have sound predictions; lower it")
+    return candidates, select
+
+
+def make(experiment: Experiment, candidates: Candidates, select: SelectPool, args: argparse.Namespace) -> Report:
+    """Choose an ensemble, score it, and store it in the experiment."""
+
+    def rng(stream: int) -> np.random.Generator:
+        return np.random.default_rng([args.seed, stream])
+
+    how = {"k": args.top_k, "selection": args.selection, "combiner": args.combiner}
     rows = choose(
         select,
-        k=args.top_k,
-        selection=args.selection,
-        combiner=args.combiner,
-        rng=np.random.default_rng([args.seed, SELECTION_STREAM]),
-        configurations=[candidate.configuration for candidate in candidates.rows],
+        **how,
+        rng=rng(SELECTION_STREAM),
+        max_cost=args.max_cost,
+        kinds=[c.kind for c in candidates.rows],
+        train_costs=[c.train_cost for c in candidates.rows],
     )
+    # The bonus of `diverse` is drawn with the same numbers as the chosen ensemble's: the curve goes through it.
+    curve_rows = curve(select, **how, rng=rng(SELECTION_STREAM))
+    stability = cross_fitted(select, **how, rng=rng(STABILITY_STREAM))
     ensemble_id = experiment.next_ensemble_id()
-    scores: list[ScoreRecord] = []
     # The choice has been made: only now estimate is read, and then test.
-    for shown, pool in (
-        (rows, select),
-        (rows, candidates.load(EstimatePool)),
-        (shown_on_test(rows), candidates.load(TestPool)),
-    ):
-        rng = np.random.default_rng([args.seed, INTERVAL_STREAM])
-        scores += score_rows(shown, pool, ensemble_id=ensemble_id, candidates=candidates, rng=rng)
-    content = describe(rows[0], args, candidates, select)
-    experiment.write_ensemble(ensemble_id, content={"ensemble_id": ensemble_id, **content}, scores=scores)
-    members = [f"{m['experiment']}/{m['trial_id']}" for m in content["members"]]
-    experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=members))
-    show(console, experiment, ensemble_id, rows, scores, candidates, select)
-
-
-def describe(row: Row, args: argparse.Namespace, candidates: Candidates, select: SelectPool) -> dict[str, Any]:
-    """What `ensemble.json` says."""
-    (ensemble,) = row.ensembles
-    members = [
-        {"experiment": c.experiment, "trial_id": c.trial_id, "weight": float(weight)}
-        for c, weight in zip((candidates.rows[m] for m in ensemble.members), ensemble.weights_M, strict=True)
+    estimate, test = candidates.load(EstimatePool), candidates.load(TestPool)
+    scores = [
+        record
+        for shown, pool in (
+            ([*rows, *curve_rows], select),
+            ([*rows, *curve_rows], estimate),
+            (shown_on_test(rows), test),
+        )
+        for record in score_rows(
+            shown, pool, ensemble_id=ensemble_id, candidates=candidates.rows, rng=rng(INTERVAL_STREAM)
+        )
     ]
+    report = Report(
+        experiment=experiment,
+        ensemble_id=ensemble_id,
+        candidates=candidates,
+        select=select,
+        rows=rows,
+        curve=curve_rows,
+        on_front=front([s for s in scores if (s.kind, s.split, s.metric) == ("curve", "select", "accuracy")]),
+        scores=scores,
+        stability=stability,
+        diversity=_diversity(rows[0], select),
+        comparisons=num_comparisons([*rows, *curve_rows]),
+    )
+    experiment.write_ensemble(
+        ensemble_id,
+        content=describe(report, args),
+        scores=scores,
+        classes=classes(report, estimate) + classes(report, test),
+    )
+    members = [f"{c.experiment}/{c.trial_id}" for c in report.members]
+    experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=members))
+    return report
+
+
+def _diversity(row: Row, select: SelectPool) -> Diversity | None:
+    """How the chosen members differ on select; None of more than can be held in memory together."""
+    (ensemble,) = row.ensembles
+    if len(ensemble.members) > MOST_AT_ONCE:
+        return None
+    return diversity(select.log_probs(ensemble.members), select.labels_N, ensemble.weights_M)
+
+
+def describe(report: Report, args: argparse.Namespace) -> dict[str, Any]:
+    """What `ensemble.json` says."""
+    (ensemble,) = report.rows[0].ensembles
     return {
-        "members": members,
-        "combiner": ensemble.combiner,
-        "temperature": ensemble.temperature,
-        "selection": row.selection,
+        "ensemble_id": report.ensemble_id,
+        "members": [
+            _member(candidate, weight=float(weight), temperature=float(temperature))
+            for candidate, weight, temperature in zip(
+                report.members, ensemble.weights_M, ensemble.combination.temperatures_M, strict=True
+            )
+        ],
+        "combiner": ensemble.combination.combiner,
+        "weights": ensemble.combination.weights.tolist(),
+        "temperature": ensemble.combination.temperature,
+        "selection": report.rows[0].selection,
         "top_k": args.top_k,
+        "max_cost": args.max_cost,
         "seed": args.seed,
         "include_stopped": args.include_stopped,
-        "candidates": len(candidates.rows),
-        "chosen_on": {"split": "select", "examples": len(select.labels_N)},
-        "mean_disagreement": mean_disagreement(disagreement(select.log_probs_MNC[list(ensemble.members)])),
+        "candidates_where": args.candidates,
+        "candidates": len(report.candidates.rows),
+        "chosen_on": {"split": "select", "examples": len(report.select.labels_N)},
+        "diversity": None if report.diversity is None else asdict(report.diversity),
+        "stability": asdict(report.stability),
+        "optimism": {metric: report.optimism(metric) for metric in ("accuracy", "nll")},
+        "comparisons": report.comparisons,
     }
 
 
-def show(
-    console: Console,
-    experiment: Experiment,
-    ensemble_id: str,
-    rows: Sequence[Row],
-    scores: Sequence[ScoreRecord],
-    candidates: Candidates,
-    select: SelectPool,
-) -> None:
-    """Print the members, how much they disagree, and the tables of estimate and test."""
-    (ensemble,) = rows[0].ensembles
-    trials = [candidates.rows[m] for m in ensemble.members]
-    disagreement_MM = disagreement(select.log_probs_MNC[list(ensemble.members)])
-    temperature = "" if ensemble.temperature is None else f", temperature {ensemble.temperature:.2f}"
-    console.print(
-        f"{experiment.name}: {len(trials)} of {len(candidates.rows)} candidates, chosen by {rows[0].selection!r} on "
-        f"{len(select.labels_N):,} select images{temperature}",
-        highlight=False,
+def _member(candidate: Candidate, *, weight: float, temperature: float) -> dict[str, Any]:
+    return {
+        "experiment": candidate.experiment,
+        "trial_id": candidate.trial_id,
+        "variant": candidate.variant,
+        "weight": weight,
+        "temperature": temperature,
+    }
+
+
+def classes(report: Report, pool: Pool) -> list[ClassAccuracyRecord]:
+    """The accuracy of the chosen ensemble and of the best single model on each class of a split."""
+    names = report.experiment.info["class_names"]
+    single = next(row for row in report.rows if row.baseline)
+    chosen_C, single_C = (
+        class_accuracies(row.ensembles[0].score(pool).correct_N, pool.labels_N, len(names))
+        for row in (report.rows[0], single)
     )
-    console.print(_members_table([c.trial_id for c in trials], ensemble.weights_M, disagreement_MM))
-    for split, title in (
-        ("estimate", "estimate: read once, after choosing"),
-        ("test", "test: scored once, never chosen on"),
-    ):
-        shown = shown_on_test(rows) if split == "test" else list(rows)
-        console.print(_score_table(title, shown, [s for s in scores if s.split == split]))
-    console.print(verdict([s for s in scores if s.split == "estimate" and s.chosen]), highlight=False, soft_wrap=True)
-    console.print(f"stored in {experiment.ensemble_folder(ensemble_id)}", highlight=False, soft_wrap=True)
-
-
-def verdict(chosen: Sequence[ScoreRecord]) -> str:
-    """One sentence: what estimate says of the chosen ensemble against the best single model."""
-    parts = []
-    for name, metric in (("accuracy", "accuracy"), ("NLL", "nll")):
-        score = next(s for s in chosen if s.metric == metric)
-        if score.gain is None or score.gain_ci_low is None or score.gain_ci_high is None:
-            continue
-        word = "better" if score.gain_ci_low > 0 else "worse" if score.gain_ci_high < 0 else "no difference shown"
-        parts.append(f"{name} {word} (gain {_gain(score)})")
-    return f"against the best single model, on {chosen[0].num_examples:,} estimate images: {'; '.join(parts)}"
-
-
-def _members_table(trial_ids: Sequence[str], weights_M: FloatArray, disagreement_MM: FloatArray) -> Table:
-    table = Table(title="members, and how often two of them disagree on select", title_justify="left", box=None)
-    table.add_column("trial")
-    table.add_column("weight", justify="right")
-    for trial_id in trial_ids:
-        table.add_column(trial_id, justify="right")
-    for index, trial_id in enumerate(trial_ids):
-        cells = ["-" if i == index else f"{value:.3f}" for i, value in enumerate(disagreement_MM[index])]
-        table.add_row(trial_id, f"{weights_M[index]:.2f}", *cells)
-    return table
-
-
-def _score_table(title: str, rows: Sequence[Row], scores: Sequence[ScoreRecord]) -> Table:
-    table = Table(title=f"{title} ({scores[0].num_examples:,} images)", title_justify="left", box=None)
-    table.add_column("")
-    for heading in ("k", "accuracy", "gain over best single (95%)", "top-5", "NLL", "gain (95%)", "Brier", "ECE"):
-        table.add_column(heading, justify="right")
-    per_row = len(scores) // len(rows)
-    for index, row in enumerate(rows):
-        by_metric = {s.metric: s for s in scores[index * per_row : (index + 1) * per_row]}
-        is_single = row.kind == "single"
-        table.add_row(
-            row.label + (" *" if row.chosen else ""),
-            str(by_metric["accuracy"].k),
-            _figure(by_metric["accuracy"].value),
-            "" if is_single else _gain(by_metric["accuracy"]),
-            _figure(by_metric["top5_accuracy"].value),
-            _figure(by_metric["nll"].value),
-            "" if is_single else _gain(by_metric["nll"]),
-            _figure(by_metric["brier"].value),
-            _figure(by_metric["ece"].value),
+    counts_C = np.bincount(pool.labels_N, minlength=len(names))
+    return [
+        ClassAccuracyRecord(
+            ensemble_id=report.ensemble_id,
+            split=POOLS[type(pool)][0],
+            label=label,
+            class_name=str(names[label]),
+            num_examples=int(counts_C[label]),
+            accuracy=None if pd.isna(chosen_C[label]) else float(chosen_C[label]),
+            single_accuracy=None if pd.isna(single_C[label]) else float(single_C[label]),
         )
-    return table
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _gain(score: ScoreRecord) -> str:
-    if score.gain is None:
-        return "-"
-    return f"{score.gain:+.4f} [{score.gain_ci_low:+.4f}, {score.gain_ci_high:+.4f}]"
+        for label in range(len(names))
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Choose an ensemble on select, and score it beside its controls. Pure functions of pools of predictions.
+"""Choose an ensemble and its controls on select. Pure functions of pools of predictions.
 
-Shape suffixes: M members or candidates, N examples, C classes, K columns, R resamples.
+Shape suffixes: M members or candidates, N examples, C classes.
 """
 
 from __future__ import annotations
@@ -12,68 +12,104 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.calibration import fit_temperature, tempered
-from orchestrator.combination import COMBINERS, FITS_WEIGHTS, fit_weights
-from orchestrator.metrics import HIGHER_IS_BETTER, METRICS, Scored, score
-from orchestrator.pool import POOLS, Candidates, Pool, SelectPool
-from orchestrator.selection import SELECTORS, Selection, by_accuracy, random, seeds_of_best, top, uniform
-from orchestrator.statistics import interval, resampled_means
-from results.schema import FloatArray, ScoreRecord
+from orchestrator.combination import COMBINERS, Combination, Combined
+from orchestrator.metrics import Scored, score
+from orchestrator.pool import Pool, SelectPool
+from orchestrator.selection import SELECTORS, Selection, by_rank, random, repeated_best, top, uniform, within_cost
+from results.schema import FloatArray, UsageError
+from trainables.validation import Probabilities
 
 RANDOM_DRAWS = 20
-WITHOUT_INTERVAL = frozenset({"ece"})
-"""ECE is a sum of absolute values: resampling biases it upwards, so that its percentile interval misleads."""
+MOST_AT_ONCE = 32
+"""Members whose predictions are held in memory together."""
+
+RowKind = Literal["ensemble", "control", "single", "curve"]
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Members (indices of candidates), their weights, how they are combined, and the pooled temperature."""
+    """Members (indices of candidates) and how their predictions are combined."""
 
     members: tuple[int, ...]
     weights_M: FloatArray
-    combiner: str
-    temperature: float | None
+    """The selector's weights, which a combiner may have replaced."""
+    combination: Combination
 
     @classmethod
     def fit(cls, selection: Selection, combiner: str, select: SelectPool) -> Ensemble:
-        """Fit what a combiner fits, then the temperature, on select. None where there are no probabilities."""
-        members_MNC = select.log_probs_MNC[list(selection.members)]
-        weights_M = selection.weights_M
-        if combiner in FITS_WEIGHTS:
-            weights_M = fit_weights(members_MNC, select.labels_N)
-        log_probs_NC = COMBINERS[combiner](members_MNC, weights_M).log_probs_NC
-        temperature = None if log_probs_NC is None else fit_temperature(log_probs_NC, select.labels_N)
-        return cls(selection.members, weights_M, combiner, temperature)
+        """Fit on select: each member's temperature, what the combiner fits, and the temperature of the whole.
+
+        Raises UsageError for a combiner that cannot take so many members.
+        """
+        members, weights_M = selection.members, selection.weights_M
+        temperatures_M = np.array([select.temperature(member) for member in members])
+        if len(members) <= MOST_AT_ONCE:
+            log_probs_MNC = select.log_probs(members, temperatures_M)
+            combination = Combination.fit(
+                combiner, log_probs_MNC, select.labels_N, weights_M=weights_M, temperatures_M=temperatures_M
+            )
+            return cls(members, weights_M, combination)
+        if not takes_any_number(combiner):
+            raise UsageError(
+                f"--combiner {combiner} takes at most {MOST_AT_ONCE} members, and {len(members)} are chosen; "
+                f"take mean, or fewer"
+            )
+        unfitted = cls(members, weights_M, Combination(combiner, weights_M, temperatures_M, None))
+        temperature = fit_temperature(unfitted._linear_pool(select), select.labels_N)
+        return cls(members, weights_M, Combination(combiner, weights_M, temperatures_M, temperature))
+
+    def combine(self, pool: Pool) -> Combined:
+        """The members' predictions as one."""
+        if len(self.members) <= MOST_AT_ONCE:
+            log_probs_MNC = pool.log_probs(self.members, self.combination.temperatures_M)
+            return self.combination.combine_tempered(log_probs_MNC)
+        assert self.combination.temperature is not None
+        log_probs_NC = tempered(self._linear_pool(pool), self.combination.temperature)
+        return Combined(log_probs_NC, log_probs_NC)
+
+    def _linear_pool(self, pool: Pool) -> Probabilities:
+        """The weighted mean of the members' tempered probabilities, one member after the other."""
+        combination = self.combination
+        total_NC = np.zeros(np.shape(pool.logits[self.members[0]]))
+        for member, weight, temperature in zip(
+            self.members, combination.weights, combination.temperatures_M, strict=True
+        ):
+            total_NC += weight * np.exp(tempered(pool.logits[member], float(temperature)))
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(total_NC))
 
     def score(self, pool: Pool) -> Scored:
         """Contributions to every metric on a split."""
-        combined = COMBINERS[self.combiner](pool.log_probs_MNC[list(self.members)], self.weights_M)
-        if combined.log_probs_NC is None or self.temperature is None:
-            return score(combined.scores_NC, pool.labels_N, log_probs_NC=None)
-        calibrated_NC = tempered(combined.log_probs_NC, self.temperature)
-        return score(calibrated_NC, pool.labels_N, log_probs_NC=calibrated_NC)
+        combined = self.combine(pool)
+        return score(combined.scores_NC, pool.labels_N, log_probs_NC=combined.log_probs_NC)
+
+
+def takes_any_number(combiner: str) -> bool:
+    """Whether a combiner can be computed one member after the other."""
+    return combiner == "mean"
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A line of the table: one ensemble, or the mean over several draws of one."""
+    """A line of the tables: one ensemble, or the mean over several draws of one.
 
-    kind: Literal["ensemble", "control", "single"]
+    `selection`: the selector, or what the single model is best among. `baseline`: whether gains are over this row.
+    """
+
+    kind: RowKind
     selection: str
-    chosen: bool
     ensembles: tuple[Ensemble, ...]
+    label: str
+    chosen: bool = False
+    baseline: bool = False
 
     @property
     def combiner(self) -> str:
         """How members are combined."""
-        return self.ensembles[0].combiner
+        return self.ensembles[0].combination.combiner
 
-    @property
-    def label(self) -> str:
-        """What the table calls it."""
-        if self.kind == "single":
-            return "best single model"
-        name = f"{self.selection}, {self.combiner}"
-        return f"{name} (mean of {len(self.ensembles)} draws)" if len(self.ensembles) > 1 else name
+
+BEST_SINGLE = "best single model"
 
 
 def choose(
@@ -83,116 +119,61 @@ def choose(
     selection: str,
     combiner: str,
     rng: np.random.Generator,
-    configurations: Sequence[str] = (),
+    max_cost: float | None = None,
+    kinds: Sequence[str] = (),
+    train_costs: Sequence[float] = (),
 ) -> list[Row]:
     """The chosen ensemble, its members under every other combiner, and the controls, all fitted on select.
 
-    The first row is the chosen one. Controls: the best single model, top-k and random-k under the mean, and, when there
-    are finalists, k seeds of one configuration. `configurations`: of each candidate.
+    The first row is the chosen one. Controls: the best single model, the best one of each of several `kinds`, the best
+    one whose training alone cost what the members' did together (at least nine tenths of it), top-k and random-k under
+    the mean, and, when there are finalists, seeds of one configuration. `kinds`, `train_costs`: of each candidate.
+    `max_cost`: of predicting with the chosen ensemble, in the pool's units.
     """
-    chosen = SELECTORS[selection](select, k, rng)
-    rows = [Row("ensemble", selection, True, (Ensemble.fit(chosen, combiner, select),))]
-    rows += [
-        Row("ensemble", selection, False, (Ensemble.fit(chosen, other, select),))
-        for other in COMBINERS
-        if other != combiner
-    ]
-    best = uniform([int(by_accuracy(select)[0])])
-    rows.append(Row("single", "top", False, (Ensemble.fit(best, "mean", select),)))
-    rows.append(Row("control", "top", False, (Ensemble.fit(top(select, k, rng), "mean", select),)))
+    if max_cost is None:
+        selected = SELECTORS[selection].choose(select, k, rng)
+    else:
+        selected = within_cost(select, k, max_cost, selection, rng)
+    rows = [Row("ensemble", selection, (Ensemble.fit(selected, combiner, select),), f"{selection}, {combiner}", True)]
+    for other in COMBINERS:
+        if other != combiner and (len(selected.members) <= MOST_AT_ONCE or takes_any_number(other)):
+            fitted = Ensemble.fit(selected, other, select)
+            rows.append(Row("ensemble", selection, (fitted,), f"{selection}, {other}"))
+    rows += _singles(select, kinds)
+    rows += _of_whole_budget(select, train_costs, selected.members)
+    rows.append(Row("control", "top", (Ensemble.fit(top(select, k, rng), "mean", select),), "top, mean"))
     draws = tuple(Ensemble.fit(random(select, k, rng), "mean", select) for _ in range(RANDOM_DRAWS))
-    rows.append(Row("control", "random", False, draws))
-    seeds = seeds_of_best(select, k, configurations)
-    if seeds is not None:
-        rows.append(Row("control", "seeds", False, (Ensemble.fit(seeds, "mean", select),)))
+    rows.append(Row("control", "random", draws, f"random, mean (mean of {RANDOM_DRAWS} draws)"))
+    repeated = repeated_best(select)[:k]
+    if repeated:
+        rows.append(Row("control", "seeds", (Ensemble.fit(uniform(repeated), "mean", select),), "seeds, mean"))
     return rows
+
+
+def _single(select: SelectPool, candidate: int, among: str, label: str, *, baseline: bool = False) -> Row:
+    fitted = Ensemble.fit(uniform([candidate]), "mean", select)
+    return Row("single", among, (fitted,), label, baseline=baseline)
+
+
+def _singles(select: SelectPool, kinds: Sequence[str]) -> list[Row]:
+    """The most accurate candidate, and of each kind the most accurate, where there are several kinds."""
+    order = by_rank(select).tolist()
+    rows = [_single(select, order[0], "all", BEST_SINGLE, baseline=True)]
+    if len(set(kinds)) > 1:
+        first_of = {kinds[candidate]: candidate for candidate in reversed(order)}
+        rows += [_single(select, first_of[kind], kind, f"best {kind}") for kind in sorted(first_of)]
+    return rows
+
+
+def _of_whole_budget(select: SelectPool, train_costs: Sequence[float], members: Sequence[int]) -> list[Row]:
+    """The most accurate candidate whose training cost about what the members' did together, if there is one."""
+    if not train_costs or len(members) < 2:
+        return []
+    trained = {int(select.trials_M[member]): train_costs[member] for member in members}
+    as_costly = [c for c in by_rank(select).tolist() if train_costs[c] >= 0.9 * sum(trained.values())]
+    return [_single(select, as_costly[0], "whole budget", "best single, whole budget")] if as_costly else []
 
 
 def shown_on_test(rows: Sequence[Row]) -> list[Row]:
     """What is scored on test: the chosen ensemble and the controls, no other combiner, lest one is picked there."""
-    return [row for row in rows if row.chosen or row.kind != "ensemble"]
-
-
-def score_rows(
-    rows: Sequence[Row], pool: Pool, *, ensemble_id: str, candidates: Candidates, rng: np.random.Generator
-) -> list[ScoreRecord]:
-    """Every metric of every row on one split, with 95% intervals, and the gain over the best single model.
-
-    A gain is positive when it is an improvement, whatever the metric's direction; its interval is paired.
-    """
-    figures = _figures(rows, pool, rng)
-    single = next(index for index, row in enumerate(rows) if row.kind == "single")
-    records = []
-    for row, of_row in zip(rows, figures, strict=True):
-        costs = [_cost(ensemble, candidates) for ensemble in row.ensembles]
-        for metric in METRICS:
-            baseline = figures[single][metric]
-            records.append(
-                ScoreRecord(
-                    ensemble_id=ensemble_id,
-                    kind=row.kind,
-                    selection=row.selection,
-                    combiner=row.combiner,
-                    k=len(row.ensembles[0].members),
-                    chosen=row.chosen,
-                    split=POOLS[type(pool)][0],
-                    metric=metric,
-                    baseline=baseline.value,
-                    num_examples=len(pool.labels_N),
-                    training_seconds=float(np.mean([seconds for seconds, _ in costs])),
-                    multiply_adds=round(float(np.mean([adds for _, adds in costs]))),
-                    **_gain(metric, of_row.get(metric), baseline),
-                )
-            )
-    return records
-
-
-@dataclass(frozen=True, eq=False)
-class Figure:
-    """A metric's value and its bootstrap replicates."""
-
-    value: float
-    replicates_R: FloatArray
-
-
-def _figures(rows: Sequence[Row], pool: Pool, rng: np.random.Generator) -> list[dict[str, Figure]]:
-    """Each row's metrics, averaged over its draws; all are resampled with the same examples."""
-    scored = [[ensemble.score(pool) for ensemble in row.ensembles] for row in rows]
-    flat = [s for of_row in scored for s in of_row]
-    columns_NK = np.concatenate([s.columns_NK for s in flat], axis=1)
-    edges = np.cumsum([s.columns_NK.shape[1] for s in flat])[:-1]
-    means = iter(np.split(columns_NK.mean(0), edges))
-    resampled = iter(np.split(resampled_means(columns_NK, rng), edges, axis=1))
-    figures = []
-    for of_row in scored:
-        values = [s.metrics(next(means)) for s in of_row]
-        values_R = [s.metrics(next(resampled)) for s in of_row]
-        figures.append(
-            {
-                metric: Figure(
-                    float(np.mean([v[metric] for v in values])), np.mean([v[metric] for v in values_R], axis=0)
-                )
-                for metric in values[0]
-            }
-        )
-    return figures
-
-
-def _gain(metric: str, figure: Figure | None, baseline: Figure) -> dict[str, float | None]:
-    """Value, gain and intervals; all None where a combiner has no such metric."""
-    names = ("value", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high")
-    if figure is None:
-        return dict.fromkeys(names)
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
-    gain = sign * (figure.value - baseline.value)
-    if metric in WITHOUT_INTERVAL:
-        return dict(zip(names, (figure.value, None, None, gain, None, None), strict=True))
-    low, high = interval(figure.replicates_R)
-    gain_low, gain_high = interval(sign * (figure.replicates_R - baseline.replicates_R))
-    return dict(zip(names, (figure.value, low, high, gain, gain_low, gain_high), strict=True))
-
-
-def _cost(ensemble: Ensemble, candidates: Candidates) -> tuple[float, int]:
-    """Seconds of training and multiply-adds of one prediction, over all members."""
-    members = [candidates.rows[m] for m in ensemble.members]
-    return sum(m.train_seconds for m in members), sum(m.multiply_adds for m in members)
+    return [row for row in rows if row.chosen or row.kind in {"single", "control"}]

@@ -1,56 +1,205 @@
-"""Candidates for an ensemble and their stored predictions, a type for each split.
+"""Pools of candidates' predictions, a type for each split.
 
 Choosing takes a SelectPool: handing it estimate or test predictions does not type-check.
-Shape suffixes: M members, N examples, C classes.
+Shape suffixes: M candidates, K members, N examples, C classes.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pandas as pd
+import numpy.typing as npt
 
+from orchestrator.calibration import fit_temperature
+from orchestrator.greedy import LEAST_PROBABILITY
 from results.schema import (
-    DataWarning,
     EstimatePredictions,
+    FloatArray,
     IntArray,
     Predictions,
     SelectPredictions,
     Split,
     TestPredictions,
-    UsageError,
 )
-from results.store import Experiment, names
 from trainables.validation import Probabilities, log_softmax
 
+KEPT_BYTES = 256 * 2**20
+"""Log-probabilities that a pool keeps in memory; the rest is read again."""
 
-@dataclass(frozen=True)
-class Candidate:
-    """A trial that may become a member."""
 
-    experiment: str
-    trial_id: str
-    configuration: str
-    backbone: str
-    status: str
-    train_seconds: float
-    multiply_adds: int
+class Logits(Protocol):
+    """Candidates' logits [N, C], one candidate after the other."""
+
+    def __len__(self) -> int:
+        """How many candidates there are."""
+
+    def __getitem__(self, candidate: int, /) -> Any:
+        """An array [N, C], float16 or wider."""
+
+
+class Kept:
+    """Arrays that are computed when they are asked for; the latest ones stay in memory, up to so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._arrays: OrderedDict[Hashable, FloatArray] = OrderedDict()
+
+    def get(self, key: Hashable, compute: Callable[[], FloatArray]) -> FloatArray:
+        """The array of a key."""
+        if key not in self._arrays:
+            self._arrays[key] = compute()
+            self._bytes += self._arrays[key].nbytes
+        self._arrays.move_to_end(key)
+        while self._bytes > self._most_bytes and len(self._arrays) > 1:
+            _, array = self._arrays.popitem(last=False)
+            self._bytes -= array.nbytes
+        return self._arrays[key]
+
+
+class StoredLogits:
+    """Logits that are read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], FloatArray], count: int) -> None:
+        self._read = read
+        self._count = count
+
+    def __len__(self) -> int:
+        """See Logits."""
+        return self._count
+
+    def __getitem__(self, candidate: int) -> FloatArray:
+        """See Logits."""
+        return self._read(candidate)
+
+
+@dataclass(eq=False)
+class Pool:
+    """Candidates' logits for one split, and its labels. Use a subclass."""
+
+    logits: Logits
+    labels_N: IntArray
+    _kept: Kept = field(default_factory=lambda: Kept(KEPT_BYTES), kw_only=True, repr=False)
+
+    def log_probs(self, candidates: Sequence[int], temperatures_K: FloatArray | None = None) -> Probabilities:
+        """Log-probabilities [K, N, C] of some candidates in float32, at temperatures of their own."""
+        temperatures_K = np.ones(len(candidates)) if temperatures_K is None else temperatures_K
+        return np.stack([self._tempered(c, float(t)) for c, t in zip(candidates, temperatures_K, strict=True)])
+
+    def _tempered(self, candidate: int, temperature: float) -> Probabilities:
+        def compute() -> FloatArray:
+            return log_softmax(self.logits[candidate].astype(np.float32) / np.float32(temperature))
+
+        return self._kept.get((candidate, temperature), compute)
 
 
 @dataclass(frozen=True, eq=False)
-class Pool:
-    """Candidates' log-probabilities for one split. Use a subclass."""
+class Summary:
+    """What choosing mostly needs of a candidate: the true class's probability, at least 1e-19, and the top class."""
 
-    log_probs_MNC: Probabilities
-    labels_N: IntArray
+    label_probs_N: Probabilities
+    top_N: npt.NDArray[np.int32]
 
 
+def summarize(logits_NC: FloatArray, labels_N: IntArray) -> Summary:
+    """A candidate's summary. The first of equal classes is the top one."""
+    logits_NC = logits_NC.astype(np.float32)
+    top_N = logits_NC.argmax(1)
+    rows = np.arange(len(labels_N))
+    logits_NC -= logits_NC[rows, top_N][:, None]
+    of_label_N = logits_NC[rows, labels_N].astype(np.float64)
+    total_N = np.exp(logits_NC, out=logits_NC).sum(1, dtype=np.float64)
+    label_probs_N = np.maximum(np.exp(of_label_N) / total_N, LEAST_PROBABILITY)
+    return Summary(label_probs_N, top_N.astype(np.int32))
+
+
+@dataclass(eq=False)
 class SelectPool(Pool):
-    """What may be chosen on."""
+    """What may be chosen on.
+
+    `trials_M`: a number for each candidate, the same for variants of one trial. `configurations_M`: likewise for
+    trainings of one configuration. `costs_M`: multiply-adds of predicting one image.
+    """
+
+    label_probs_MN: Probabilities
+    top_MN: npt.NDArray[np.int32]
+    trials_M: IntArray
+    configurations_M: IntArray
+    costs_M: FloatArray
+    _temperatures: dict[int, float] = field(default_factory=dict, kw_only=True, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        logits: Logits,
+        labels_N: IntArray,
+        *,
+        summaries: Sequence[Summary] = (),
+        trials_M: IntArray | None = None,
+        configurations_M: IntArray | None = None,
+        costs_M: FloatArray | None = None,
+    ) -> SelectPool:
+        """A pool; unless more is known each candidate is a trial and a configuration of its own, and costs the same."""
+        count = len(logits)
+        summaries = summaries or [summarize(logits[candidate], labels_N) for candidate in range(count)]
+        return cls(
+            logits,
+            labels_N,
+            label_probs_MN=np.stack([s.label_probs_N for s in summaries]),
+            top_MN=np.stack([s.top_N for s in summaries]),
+            trials_M=np.arange(count) if trials_M is None else trials_M,
+            configurations_M=np.arange(count) if configurations_M is None else configurations_M,
+            costs_M=np.ones(count) if costs_M is None else costs_M,
+        )
+
+    def __len__(self) -> int:
+        """How many candidates there are."""
+        return len(self.label_probs_MN)
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whose top class is the true one where, [M, N]."""
+        return np.asarray(self.top_MN == self.labels_N)
+
+    def temperature(self, candidate: int) -> float:
+        """A candidate's own temperature."""
+        if candidate not in self._temperatures:
+            self._temperatures[candidate] = fit_temperature(self.logits[candidate], self.labels_N)
+        return self._temperatures[candidate]
+
+    def on(self, examples: IntArray) -> SelectPool:
+        """The same candidates on some of the examples."""
+        return SelectPool(
+            StoredLogits(lambda candidate: self.logits[candidate][examples], len(self)),
+            self.labels_N[examples],
+            label_probs_MN=self.label_probs_MN[:, examples],
+            top_MN=self.top_MN[:, examples],
+            trials_M=self.trials_M,
+            configurations_M=self.configurations_M,
+            costs_M=self.costs_M,
+        )
+
+    def among(self, candidates: IntArray) -> SelectPool:
+        """Some of the candidates, numbered anew in their order."""
+        return SelectPool(
+            StoredLogits(lambda place: self.logits[int(candidates[place])], len(candidates)),
+            self.labels_N,
+            label_probs_MN=self.label_probs_MN[candidates],
+            top_MN=self.top_MN[candidates],
+            trials_M=self.trials_M[candidates],
+            configurations_M=self.configurations_M[candidates],
+            costs_M=self.costs_M[candidates],
+        )
+
+    def folds(self, count: int, rng: np.random.Generator) -> Iterator[tuple[IntArray, IntArray]]:
+        """Examples in and out of each of so many folds, drawn at random."""
+        parts = np.array_split(rng.permutation(len(self.labels_N)), count)
+        for held_out in parts:
+            yield np.setdiff1d(np.arange(len(self.labels_N)), held_out), np.sort(held_out)
 
 
 class EstimatePool(Pool):
@@ -69,94 +218,3 @@ POOLS: dict[type[Pool], tuple[Split, type[Predictions]]] = {
     EstimatePool: ("estimate", EstimatePredictions),
     TestPool: ("test", TestPredictions),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """The candidates of one or several experiments with equal splits, and where to read their predictions."""
-
-    rows: tuple[Candidate, ...]
-    experiments: dict[str, Experiment] = field(repr=False)
-
-    def load(self, of: type[AnyPool]) -> AnyPool:
-        """Every candidate's predictions for one split."""
-        parts = [self.experiments[c.experiment].predictions(c.trial_id, POOLS[of][1]) for c in self.rows]
-        first = parts[0]
-        for candidate, part in zip(self.rows, parts, strict=True):
-            if not np.array_equal(part.example_ids_N, first.example_ids_N):
-                raise UsageError(
-                    f"{candidate.experiment}/{candidate.trial_id} was predicted on other {POOLS[of][0]} examples than "
-                    f"{self.rows[0].trial_id}; leave its experiment out"
-                )
-        return of(np.stack([log_softmax(part.logits_NC) for part in parts]), first.labels_N)
-
-
-def find_candidates(results_dir: str, wanted: Sequence[str], *, k: int, include_stopped: bool) -> Candidates:
-    """The candidates of the named experiments, or of the newest with two or more.
-
-    Raises UsageError when there are fewer than k, or splits differ.
-    """
-    if wanted:
-        experiments = {name: Experiment.open(results_dir, name) for name in wanted}
-        hashes = {name: experiment.info["split_hash"] for name, experiment in experiments.items()}
-        if len(set(hashes.values())) > 1:
-            listed = ", ".join(f"{name} {split_hash}" for name, split_hash in hashes.items())
-            raise UsageError(f"these experiments have different splits and cannot be pooled: {listed}; take one")
-        return _enough(experiments, k=k, include_stopped=include_stopped)
-    there = names(results_dir)
-    if not there:
-        raise UsageError(
-            f"there are no experiments in {results_dir}; make one with python -m orchestrator.search digits"
-        )
-    for name in reversed(there):
-        experiment = Experiment.open(results_dir, name)
-        if len(_rows(experiment, include_stopped=include_stopped)) >= 2:
-            return _enough({name: experiment}, k=k, include_stopped=include_stopped)
-    raise UsageError(
-        f"no experiment in {results_dir} has two or more {'' if include_stopped else 'completed '}trials with "
-        f"predictions; search longer{'' if include_stopped else ', or add --include-stopped'}"
-    )
-
-
-def _enough(experiments: dict[str, Experiment], *, k: int, include_stopped: bool) -> Candidates:
-    rows = tuple(row for e in experiments.values() for row in _rows(e, include_stopped=include_stopped))
-    if len(rows) < k:
-        hint = ""
-        if not include_stopped:
-            more = sum(len(_rows(e, include_stopped=True)) for e in experiments.values()) - len(rows)
-            hint = f", or add --include-stopped for {more} more that were stopped early" if more else ""
-        blind = sum(int(e.trials()["val_accuracy"].isna().sum()) for e in experiments.values())
-        if blind:
-            hint += f" (without validation, as with val_fraction=0, a trial cannot be chosen: {blind} have none)"
-        kind = "trials" if include_stopped else "completed trials"
-        raise UsageError(
-            f"--top-k {k} but only {len(rows)} {kind} in {', '.join(experiments)}; lower it, search longer, name more "
-            f"experiments{hint}"
-        )
-    return Candidates(rows, experiments)
-
-
-def _rows(experiment: Experiment, *, include_stopped: bool) -> list[Candidate]:
-    trials = experiment.trials()
-    statuses = ["completed", "pruned"] if include_stopped else ["completed"]
-    usable = trials[trials["status"].isin(statuses) & (trials["predictions"] != "") & trials["val_accuracy"].notna()]
-    return [c for _, row in usable.iterrows() if (c := _candidate(experiment, row)) is not None]
-
-
-def _candidate(experiment: Experiment, row: pd.Series) -> Candidate | None:
-    if not experiment.has_readable_predictions(row["trial_id"]):
-        warnings.warn(
-            f"{experiment.root / row['predictions']} is missing or damaged; {row['trial_id']} is left out",
-            DataWarning,
-            stacklevel=2,
-        )
-        return None
-    return Candidate(
-        experiment=experiment.name,
-        trial_id=row["trial_id"],
-        configuration=f"{experiment.name}/{row['finalist_of'] or row['trial_id']}",
-        backbone=row["backbone"],
-        status=row["status"],
-        train_seconds=float(row["train_seconds"]),
-        multiply_adds=int(row["multiply_adds"]),
-    )

@@ -1,4 +1,4 @@
-"""Intervals by paired resampling of examples: every system is resampled with the same draws.
+"""Intervals by paired resampling of examples, every system with the same draws, and an exact test of accuracies.
 
 Shape suffixes: R resamples, N examples, K columns.
 """
@@ -6,6 +6,8 @@ Shape suffixes: R resamples, N examples, K columns.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
 
 from results.schema import FloatArray
 
@@ -20,7 +22,7 @@ def resampled_means(columns_NK: FloatArray, rng: np.random.Generator) -> FloatAr
     means = []
     for start in range(0, RESAMPLES, CHUNK):
         draws = rng.integers(0, num_examples, size=(min(CHUNK, RESAMPLES - start), num_examples))
-        counts_RN = np.stack([np.bincount(draw, minlength=num_examples) for draw in draws]).astype(np.float64)
+        counts_RN = np.stack([np.bincount(draw, minlength=num_examples) for draw in draws]).astype(columns_NK.dtype)
         means.append(counts_RN @ columns_NK / num_examples)
     return np.concatenate(means)
 
@@ -29,3 +31,14 @@ def interval(values_R: FloatArray) -> tuple[float, float]:
     """The 95% percentile interval."""
     low, high = np.percentile(values_R, INTERVAL)
     return float(low), float(high)
+
+
+def mcnemar(correct_N: npt.NDArray[np.bool_], other_N: npt.NDArray[np.bool_]) -> float:
+    """The exact two-sided p-value that two systems are equally accurate (McNemar 1947, by the binomial distribution).
+
+    Only examples on which one of them is right and the other wrong count; 1 when there are none.
+    """
+    only_first, only_second = int((correct_N & ~other_N).sum()), int((other_N & ~correct_N).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_second).pvalue)

@@ -230,6 +230,7 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         multiply_adds=results[-1].multiply_adds if results else None,
         train_seconds=train_seconds,
         images_per_second=images / train_seconds if train_seconds else None,
+        inference_images_per_second=(best or results[-1]).inference_images_per_second if results else None,
         peak_memory_bytes=max((r.peak_memory_bytes for r in results), default=None),
         predictions=f"predictions/{trial.trial_id}.parquet" if ended.has_predictions else "",
         checkpoint=f"checkpoints/{trial.trial_id}/best.safetensors" if has_checkpoint else "",

@@ -99,6 +99,8 @@ class EpochResult:
     attainable_train_accuracy: float = 1.0
     """The `train_accuracy` of always naming the heaviest label; below 1 where images are mixed."""
     raw_val_nll: float | None = None
+    inference_images_per_second: float | None = None
+    """Of the evaluated model on `select`, without test-time augmentation; the host waits for the last logits."""
 
     @property
     def diverged(self) -> bool:
@@ -158,6 +160,7 @@ class TrialRecord:
     multiply_adds: int | None
     train_seconds: float
     images_per_second: float | None
+    inference_images_per_second: float | None
     peak_memory_bytes: int | None
     predictions: str
     checkpoint: str
@@ -176,7 +179,8 @@ class ScoreRecord:
     """One row of an ensemble's `scores.parquet`: one metric of one row of the table, on one split."""
 
     ensemble_id: str
-    kind: Literal["ensemble", "control", "single"]
+    kind: Literal["ensemble", "control", "single", "curve"]
+    label: str
     selection: str
     combiner: str
     k: int
@@ -190,9 +194,29 @@ class ScoreRecord:
     gain: float | None
     gain_ci_low: float | None
     gain_ci_high: float | None
+    p_value: float | None
+    chosen_gain: float | None
+    chosen_gain_ci_low: float | None
+    chosen_gain_ci_high: float | None
+    chosen_p_value: float | None
     num_examples: int
     training_seconds: float
+    num_parameters: int
     multiply_adds: int
+    images_per_second: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAccuracyRecord:
+    """One row of an ensemble's `classes.parquet`: a class on one split, accuracies null where it has no examples."""
+
+    ensemble_id: str
+    split: Split
+    label: int
+    class_name: str
+    num_examples: int
+    accuracy: float | None
+    single_accuracy: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

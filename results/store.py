@@ -6,7 +6,6 @@ The only module that knows where things lie in an experiment folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -26,15 +25,19 @@ import pyarrow.parquet as pq
 from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.files import json_bytes, replace_file, rows_bytes
 from results.history import History, TrialHistory
+from results.lock import ExperimentLocked as ExperimentLocked
+from results.lock import locked, read_generation
 from results.parts import Tables, part_paths
-from results.predictions import is_readable, predictions_bytes, read_predictions
+from results.predictions import is_readable, predictions_bytes, read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
+    ClassAccuracyRecord,
     DataWarning,
     DistillationRecord,
     EpochRecord,
     Predictions,
     ScoreRecord,
+    Split,
     UsageError,
     arrow_schema,
     trial_schema,
@@ -43,15 +46,12 @@ from results.study import objectives_of, rebuild_study
 
 DEFAULT_RESULTS_DIR = "results/runs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LATER_COLUMNS = ("inference_images_per_second",)
 P = TypeVar("P", bound=Predictions)
 
 
 class Superseded(RuntimeError):
     """A worker outlived its driver and another one has taken over: it must not write any more."""
-
-
-class ExperimentLocked(UsageError):
-    """Another process is writing to the experiment."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,12 @@ class TrialFiles:
     @property
     def best(self) -> Path:
         """The weights behind the "best" predictions."""
-        return Path(self.root, "checkpoints", self.trial_id, "best.safetensors")
+        return self.weights("best")
+
+    def weights(self, variant: str) -> Path:
+        """The weights behind a variant's predictions; "tta" is "best" seen from several views."""
+        name = "best" if variant == "tta" else variant
+        return Path(self.root, "checkpoints", self.trial_id, f"{name}.safetensors")
 
     @property
     def predictions(self) -> Path:
@@ -79,13 +84,18 @@ class TrialFiles:
 
     def check_current(self) -> None:
         """Raise Superseded when another driver has taken over the experiment."""
-        current = _read_generation(Path(self.root))
+        current = read_generation(Path(self.root))
         if current != self.generation:
             raise Superseded(f"{self.trial_id} belongs to driver {self.generation}; driver {current} has taken over")
 
     def replace(self, path: Path, content: bytes) -> None:
         """Write a file of the trial, synced, unless the driver has been superseded."""
         replace_file(path, content, sync=True, permitted=self.check_current)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file of the trial, if it is there, unless the driver has been superseded."""
+        self.check_current()
+        path.unlink(missing_ok=True)
 
     def write_predictions(self, variants: Mapping[str, Sequence[Predictions]]) -> None:
         """Store each variant's predictions for several splits."""
@@ -172,7 +182,7 @@ class Experiment:
 
         Raises ExperimentLocked while another process drives.
         """
-        with _locked(self.root) as generation:
+        with locked(self.root) as generation:
             self.generation = generation
             self.history = _read_history(self.root)
             for leftover in self.root.rglob(".*.tmp"):
@@ -241,12 +251,16 @@ class Experiment:
         return TrialFiles(str(self.root.absolute()), trial_id, self.generation)
 
     def tidy(self, trial: TrialHistory) -> None:
-        """Remove what an ended trial does not need: all but its weights, and these once retention has removed them."""
+        """Remove what an ended trial does not need: all but its weights, and these once retention has removed them.
+
+        Of a trial that was not trained to its end only the best epoch's have predictions; its snapshots go.
+        """
         assert trial.ended is not None
         files = self.files(trial.trial_id)
         keep_weights = trial.ended.has_checkpoint and not trial.checkpoint_removed
         for path in files.best.parent.glob("*"):
-            if path != files.best or not keep_weights:
+            of_variant = path == files.best or (trial.completed and path.suffix == files.best.suffix)
+            if not (keep_weights and of_variant):
                 path.unlink(missing_ok=True)
         if not keep_weights:
             with contextlib.suppress(OSError):  # not there, or somebody put something into it
@@ -269,7 +283,7 @@ class Experiment:
         for part in part_paths(self.root / folder):
             try:
                 with pq.ParquetFile(part) as file:
-                    tables.append(file.read(columns=schema.names).select(schema.names).cast(schema))
+                    tables.append(_conformed(file.read(columns=schema.names), schema))
             except (pa.ArrowException, OSError, KeyError) as error:
                 warnings.warn(
                     f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
@@ -286,6 +300,13 @@ class Experiment:
         """
         return read_predictions(self._predictions_path(trial_id), of, variant=variant)
 
+    def stored_counts(self, trial_id: str) -> dict[str, dict[Split, int]]:
+        """How many examples each stored variant of a trial has predictions for, by split.
+
+        Raises UsageError, naming the file, when it is missing or damaged.
+        """
+        return stored_counts(self._predictions_path(trial_id))
+
     def has_readable_predictions(self, trial_id: str) -> bool:
         """Whether a trial's predictions are there and whole, as far as the file's footer tells."""
         return is_readable(self._predictions_path(trial_id))
@@ -299,7 +320,8 @@ class Experiment:
 
     def ensemble_ids(self) -> list[str]:
         """The ensembles that are complete, the newest last."""
-        return sorted((path.parent.name for path in self.root.glob("ensembles/*/ensemble.json")), key=_number_last)
+        there = [path.parent.name for path in self.root.glob("ensembles/*/ensemble.json")]
+        return sorted(there, key=lambda name: (len(name), name))
 
     def write_distillation(self, records: Sequence[DistillationRecord]) -> None:
         """Store how the experiment's students compare with the networks trained alone, in `distillation.parquet`."""
@@ -311,17 +333,31 @@ class Experiment:
         taken = [int(path.name[1:]) for path in self.root.glob("ensembles/e*") if path.name[1:].isdigit()]
         return f"e{max(taken, default=0) + 1:04d}"
 
-    def write_ensemble(self, ensemble_id: str, *, content: dict[str, Any], scores: Sequence[ScoreRecord]) -> None:
-        """Store an ensemble: `scores.parquet`, then `ensemble.json`, whose presence says that it is complete."""
+    def write_ensemble(
+        self,
+        ensemble_id: str,
+        *,
+        content: dict[str, Any],
+        scores: Sequence[ScoreRecord],
+        classes: Sequence[ClassAccuracyRecord],
+    ) -> None:
+        """Store an ensemble: its tables, then `ensemble.json`, whose presence says that it is complete."""
         folder = self.ensemble_folder(ensemble_id)
-        table = rows_bytes([asdict(score) for score in scores], arrow_schema(ScoreRecord))
-        replace_file(folder / "scores.parquet", table, sync=True)
+        for name, records, record in (
+            ("scores.parquet", scores, ScoreRecord),
+            ("classes.parquet", classes, ClassAccuracyRecord),
+        ):
+            table = rows_bytes([asdict(row) for row in records], arrow_schema(record))
+            replace_file(folder / name, table, sync=True)
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
 
 
-def _number_last(ensemble_id: str) -> tuple[int, str]:
-    number = ensemble_id[1:]
-    return int(number) if number.isdigit() else -1, ensemble_id
+def _conformed(part: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part as the schema has it; a column that versions before it did not write is null. Raises KeyError."""
+    for name in LATER_COLUMNS:
+        if name in schema.names and name not in part.column_names:
+            part = part.append_column(name, pa.nulls(len(part), schema.field(name).type))
+    return part.select(schema.names).cast(schema)
 
 
 def _read_history(root: Path) -> History:
@@ -330,33 +366,6 @@ def _read_history(root: Path) -> History:
     if not history.info:
         raise UsageError(f"{root / 'events'} does not hold the beginning of the experiment; restore it from a copy")
     return history
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[int]:
-    """Hold the experiment's lock; the kernel gives it back however the process ends. Yields the generation."""
-    try:
-        file = (root / "driver.lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write to {root}: {error.strerror}; mend its permissions") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ExperimentLocked(
-                f"experiment {root.name!r} is being written to by another process; "
-                f"wait for it, stop it, or choose another --name"
-            ) from error
-        generation = _read_generation(root) + 1
-        replace_file(root / "generation", f"{generation}\n".encode(), sync=True)
-        yield generation
-
-
-def _read_generation(root: Path) -> int:
-    try:
-        return int((root / "generation").read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return 0
 
 
 def names(results_dir: str | Path) -> list[str]:

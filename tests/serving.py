@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.combination import COMBINERS, Combination
-from orchestrator.description import Description, Member
 from orchestrator.driver import make_ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.serving import MemberFiles, keep_members
+from orchestrator.serving import Chosen, keep
 from results.events import EnsembleMade
 from results.schema import PREDICTIONS, Predictions, ScoreRecord, SelectPredictions, Split, arrow_schema
 from results.store import Experiment
@@ -74,42 +73,12 @@ def make_ensemble(
 ) -> Path:
     """Store an ensemble of trials in an experiment; its folder."""
     combination, folder = fitted(experiment, combiner, members), experiment.ensemble_folder(ensemble_id)
-    sources = [MemberFiles(experiment.name, t, v, experiment.files(t).best) for t, v in members]
-    kept = keep_members(folder, sources)
-    info = experiment.info
     shown_M = combination.weights if combination.weights.ndim == 1 else combination.weights.mean(1)
-    described = [
-        Member(
-            experiment=experiment.name,
-            trial_id=trial_id,
-            variant=variant,
-            backbone=CONFIG.backbone,
-            weight=float(weight),
-            temperature=float(temperature),
-            weights_file=file,
-            views=CONFIG.test_time_augmentation if variant == "tta" else "none",
-            config=experiment.history.trials[trial_id].started.config,
-        )
-        for (trial_id, variant), weight, temperature, file in zip(
-            members, shown_M, combination.temperatures_M, kept, strict=True
-        )
-    ]
-    description = Description(
-        ensemble_id=ensemble_id,
-        dataset=info["dataset"],
-        class_names=tuple(info["class_names"]),
-        image_size=info["image_size"],
-        channels=info["channels"],
-        split_hash=info["split_hash"],
-        combiner=combiner,
-        weights=combination.weights,
-        temperature=combination.temperature,
-        members=tuple(described),
-        further={"selection": "by hand"},
-    )
+    chosen = [Chosen(experiment, t, v, float(weight)) for (t, v), weight in zip(members, shown_M, strict=True)]
+    description = keep(folder, chosen, combination, ensemble_id=ensemble_id, further={"selection": "by hand"})
     with experiment.driving():
         scores = [_score(experiment, combination, ensemble_id, members, split) for split in PREDICTIONS]
-        experiment.write_ensemble(ensemble_id, content=description.to_json(), scores=scores)
+        experiment.write_ensemble(ensemble_id, content=description.to_json(), scores=scores, classes=[])
         made = [f"{experiment.name}/{trial_id}" for trial_id, _ in members]
         experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=made))
     return folder

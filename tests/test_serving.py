@@ -65,6 +65,17 @@ def test_predictions_equal_the_stored_ones_to_the_bit(
     assert np.array_equal(ensemble.predict_classes(digits.images_NCHW[indices]), combined.scores_NC.argmax(1))
 
 
+def test_a_variant_of_a_trial_has_weights_of_its_own(experiment: Experiment, digits: SplitImages) -> None:
+    members = (("t00000", "best"), ("t00001", "raw"))
+    ensemble = load_ensemble(make_ensemble(experiment, ensemble_id="variants", members=members))
+    combined = fitted(experiment, "mean", members).combine(stored_log_probs(experiment, members, TestPredictions))
+    assert [Path(member.weights_file).name for member in ensemble.members] == [
+        "digits.t00000.best.safetensors",
+        "digits.t00001.raw.safetensors",
+    ]
+    assert np.array_equal(ensemble.predict(digits.images_NCHW[digits.test]), np.exp(combined.log_probs_NC))
+
+
 def test_probabilities_sum_to_one_and_are_better_than_guessing(folder: Path, digits: SplitImages) -> None:
     ensemble = load_ensemble(folder)
     probs_NC = ensemble.predict(digits.images_NCHW[digits.test])

@@ -67,7 +67,12 @@ def test_a_resumed_run_equals_one_never_stopped_to_the_bit(resident_digits: Resi
     resumed = TrainState(EVERYTHING, resident_digits)
     resumed.load_state_dict(torch.load(saved, weights_only=True))
     assert np.array_equal(final_logits(EVERYTHING, resident_digits, resumed), expected)
-    timings = {"epoch_seconds": 0.0, "images_per_second": 0.0, "peak_memory_bytes": 0}
+    timings = {
+        "epoch_seconds": 0.0,
+        "images_per_second": 0.0,
+        "inference_images_per_second": 0.0,
+        "peak_memory_bytes": 0,
+    }
     assert [replace(r, **timings) for r in resumed.results] == [replace(r, **timings) for r in whole.results]
 
 
@@ -190,6 +195,8 @@ def test_logits_beyond_float16_are_clamped(noise_images: SplitImages) -> None:
         ("warmup_epochs=10", "warmup_epochs=10 is more than max_epochs=9; lower the one or raise the other"),
         ("unfreeze_epochs=10", "unfreeze_epochs=10 is more than max_epochs=9"),
         ("val_fraction=0 patience=5", "patience=5 with val_fraction=0: there is no validation to go by"),
+        ("snapshot_every=-1", "snapshot_every=-1: wanted 0 or more"),
+        ("snapshot_from=1", r"snapshot_from=1.0: wanted a number in \[0, 1\)"),
         ("accumulation_steps=65", "leaves parts of a single image of batch_size=128"),
         ("resized_crop_min_ratio=2", "resized_crop_min_ratio=2 is above resized_crop_max_ratio"),
     ],

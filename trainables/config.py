@@ -10,6 +10,9 @@ from typing import Any
 
 from results.schema import Scalar, UsageError
 
+NUM_VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Views of an image that each kind of test-time augmentation looks at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -70,6 +73,12 @@ class TrainConfig:
     unfreeze_epochs: int = 0
     """Progressive unfreezing (Howard & Ruder 2018): the classifier alone learns first, and one part after another
     joins it from the top, all by the end of so many epochs. 0: everything learns from the start."""
+    snapshot_every: int = 0
+    """Epochs between stored snapshots of the evaluated weights, which become variants of the trial; 0: none. 1 with
+    snapshot_from=0.75 makes their mean that of SWA (Izmailov et al. 2018); `restart_epochs`, with `cosine_restarts` and
+    no warmup, has the end of every cycle among them (Huang et al. 2017)."""
+    snapshot_from: float = 0.0
+    """Share of max_epochs before which no snapshot is stored."""
     initial_image_size: int | None = None
     """Progressive resolution (Touvron et al. 2019, Tan & Le 2021): side at which training begins, growing to the
     full one by `full_size_at`. None: full size throughout. Evaluation is always at full size."""
@@ -279,10 +288,14 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
         "a finite number, 0 or more",
         lambda x: 0 <= x < float("inf"),
     ),
-    (("crop_padding", "cutout_size", "patience", "unfreeze_epochs", "loader_workers"), "0 or more", lambda x: x >= 0),
+    (
+        ("crop_padding", "cutout_size", "patience", "unfreeze_epochs", "loader_workers", "snapshot_every"),
+        "0 or more",
+        lambda x: x >= 0,
+    ),
     (("seed",), "0 or more, below 2**48", lambda x: 0 <= x < 2**48),
     (
-        ("momentum", "dropout", "label_smoothing", "ema_decay", "affine_scale"),
+        ("momentum", "dropout", "label_smoothing", "ema_decay", "affine_scale", "snapshot_from"),
         "a number in [0, 1)",
         lambda x: 0 <= x < 1,
     ),

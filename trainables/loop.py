@@ -110,9 +110,7 @@ def train_epoch(
     if steps is None:  # outside the handler, whose traceback holds the failed step's activations
         raise advice_on_memory(config, data)
     epoch_seconds = time.perf_counter() - start
-    select = None
-    if len(data.split.select):
-        select = predictions(state.evaluated, data, SelectPredictions, precision=config.precision)
+    select, inference_rate = _timed_select(config, data, state.evaluated)
     result = EpochResult(
         epoch=len(state.results) + 1,
         lr=steps.lr,
@@ -124,6 +122,7 @@ def train_epoch(
         grad_norm=steps.grad_norm,
         epoch_seconds=epoch_seconds,
         images_per_second=steps.num_images / epoch_seconds,
+        inference_images_per_second=inference_rate,
         num_parameters=state.learner.num_parameters,
         multiply_adds=state.learner.multiply_adds,
         peak_memory_bytes=peak_memory_bytes(data.device),
@@ -173,6 +172,17 @@ def train_steps(
         grad_norm=float(learner.norm_sum) / steps,
         num_images=steps * batch_size,
     )
+
+
+def _timed_select(
+    config: TrainConfig, data: TrainingImages, model: nn.Module
+) -> tuple[SelectPredictions | None, float | None]:
+    """What a model predicts for select and how many images a second it takes; nothing where there is no select."""
+    if not len(data.split.select):
+        return None, None
+    start = time.perf_counter()
+    select = predictions(model, data, SelectPredictions, precision=config.precision)
+    return select, len(select.labels_N) / (time.perf_counter() - start)
 
 
 def _clean_train_accuracy(config: TrainConfig, data: TrainingImages, model: nn.Module) -> float:

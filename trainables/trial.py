@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
 
-from results.schema import PREDICTIONS, EpochResult, Predictions, SelectPredictions, UsageError
+from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.course import Leg, Progress, whole, whole_so_far
 from trainables.datasets import SplitImages
-from trainables.evaluation import predictions
 from trainables.learner import Learner
 from trainables.loop import TrainState, train_epoch
 from trainables.resident import ResidentImages, TrainingImages
+from trainables.variants import Variants, is_snapshot, snapshot
 
 
 def images_on(device: str, split: SplitImages, *, config: TrainConfig) -> TrainingImages:
@@ -46,10 +44,11 @@ def run_trial(
 ) -> Iterator[EpochResult]:
     """Train a trial, going on from its resume file if there is one; yields every epoch after `epochs_recorded`.
 
-    Before an epoch is yielded everything it stands for is on disk: the resume file always, weights and
-    predictions when the epoch is a rung or the last. Epochs that an earlier worker finished and nobody
-    recorded are yielded from the resume file. `course`: the legs of the training, by default the configuration's
-    schedule; epochs count through all of them. `state`: a fresh one, made from a learner that an earlier trial left.
+    Before an epoch is yielded everything it stands for is on disk: the resume file always, its weights when it is a
+    snapshot, the best epoch's weights and predictions when it is a rung or the last, all variants when it is the last
+    and has not diverged. Epochs that an earlier worker finished and nobody recorded are yielded from the resume file.
+    `course`: the legs of the training, by default the configuration's schedule; epochs count through all of them.
+    `state`: a fresh one, made from a learner that an earlier trial left.
     """
     state = TrainState(config, data) if state is None else state
     progress = Progress(course or whole(config.max_epochs))
@@ -62,11 +61,17 @@ def run_trial(
     while not progress.finished:
         if progress.leg_ended:
             state = _begin_next_leg(config, data, progress, learner=state.learner)
+            _drop_other_snapshots(progress, files)
         leg_config = progress.course[progress.leg].config(config)
         result = progress.add(train_epoch(leg_config, data, state, on_step=on_step))
+        variants = Variants(leg_config, data, state, files)
+        if is_snapshot(len(progress.numbers), leg_config) and not result.diverged:
+            variants.store_snapshot(result.epoch)
         due = result.epoch in rung_epochs or progress.finished
-        if due and state.best_weights and stored_epoch != result.best_epoch:
-            save_best(config, state, data, files)
+        if progress.finished and not result.diverged and (config.snapshot_every or config.ema_decay):
+            variants.store_all(_snapshots(progress, files))
+        elif due and state.best_weights and stored_epoch != result.best_epoch:
+            variants.store_best()
             stored_epoch = result.best_epoch
         if progress.leg_ended and progress.course[progress.leg].trunk:
             progress.trunk, progress.trunk_numbers = copy.deepcopy(state.state_dict()), list(progress.numbers)
@@ -87,6 +92,18 @@ def _begin_next_leg(config: TrainConfig, data: TrainingImages, progress: Progres
     return state
 
 
+def _snapshots(progress: Progress, files: TrialFiles) -> list[int]:
+    """The epochs of the present line of training whose weights are stored."""
+    return [number for number in progress.numbers if files.weights(snapshot(number)).exists()]
+
+
+def _drop_other_snapshots(progress: Progress, files: TrialFiles) -> None:
+    """Remove the snapshots that neither the present line of training nor the trunk has."""
+    for number in range(1, len(progress.results) + 1):
+        if number not in (*progress.numbers, *progress.trunk_numbers):
+            files.remove(files.weights(snapshot(number)))
+
+
 def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
@@ -102,35 +119,3 @@ def _serialized(state: TrainState, progress: Progress) -> bytes:
     buffer = io.BytesIO()
     torch.save({**state.state_dict(), "progress": progress.state_dict()}, buffer)
     return buffer.getvalue()
-
-
-def save_best(config: TrainConfig, state: TrainState, data: TrainingImages, files: TrialFiles) -> None:
-    """Store the best epoch's weights, and what they predict for every split that has examples."""
-    weights: dict[str, Any] = {name: tensor.contiguous() for name, tensor in state.best_weights.items()}
-    files.replace(files.best, save(weights, metadata={"epoch": str(state.results[-1].best_epoch)}))
-    model = state.best_model()
-    views_of = {"best": "none"}
-    if config.test_time_augmentation != "none":
-        views_of["tta"] = config.test_time_augmentation
-    of = [cls for split, cls in PREDICTIONS.items() if data.split.sizes()[split]]
-    files.write_predictions(
-        {
-            variant: [_best_predictions(config, state, model, data, cls, views=views) for cls in of]
-            for variant, views in views_of.items()
-        }
-    )
-
-
-def _best_predictions(
-    config: TrainConfig,
-    state: TrainState,
-    model: nn.Module,
-    data: TrainingImages,
-    of: type[Predictions],
-    *,
-    views: str,
-) -> Predictions:
-    """What the best epoch's model predicts; for select the epoch's figures have been made from it already."""
-    if of is SelectPredictions and views == "none" and state.best_select is not None:
-        return state.best_select
-    return predictions(model, data, of, views=views, precision=config.precision)

@@ -13,10 +13,10 @@ Probabilities = npt.NDArray[np.float64]
 
 
 def log_softmax(logits: FloatArray) -> Probabilities:
-    """Log-probabilities in float64 over the last axis."""
-    logits = logits.astype(np.float64)
-    logits = logits - logits.max(-1, keepdims=True)
-    out: Probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    """Log-probabilities over the last axis, in float64; of float32 in float32."""
+    out: Probabilities = logits.astype(np.float32 if logits.dtype == np.float32 else np.float64)
+    out -= out.max(-1, keepdims=True)
+    out -= np.log(np.exp(out).sum(-1, keepdims=True))
     return out
 
 

@@ -1,0 +1,320 @@
+"""Which stored models may become members: found in experiments, filtered, and their predictions read and checked.
+
+Shape suffixes: N examples, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from orchestrator.pool import POOLS, AnyPool, SelectPool, StoredLogits, Summary, summarize
+from results.schema import DataWarning, IntArray, Predictions, SelectPredictions, UsageError
+from results.store import Experiment, names
+from trainables.config import NUM_VIEWS
+
+READERS = 2
+"""Threads that read and decode predictions; decoding is not Python's."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant of a trial that may become a member.
+
+    `configuration` is the same for trainings of one configuration. `train_cost`: multiply-adds of the whole training's
+    forward passes, by epochs, share of the data and network. `multiply_adds` and `images_per_second` are of predicting,
+    with all views of test-time augmentation; the speed is what the trial's worker measured, None where it did not.
+    """
+
+    experiment: str
+    trial_id: str
+    variant: str
+    configuration: str
+    stage: str
+    backbone: str
+    status: str
+    averaged: bool
+    train_seconds: float
+    train_cost: float
+    num_parameters: int
+    multiply_adds: int
+    images_per_second: float | None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.trial_id if self.variant == "best" else f"{self.trial_id}/{self.variant}"
+
+    @property
+    def kind(self) -> str:
+        """What sort of single model it is: student, or the variant, an EMA being the best epoch's average."""
+        if self.stage == "distilled":
+            return "student"
+        if self.variant == "best":
+            return "ema" if self.averaged else "model"
+        return "snapshot" if self.variant.startswith("epoch_") else self.variant
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The candidates of one or several experiments with equal splits, and where to read their predictions."""
+
+    rows: tuple[Candidate, ...]
+    experiments: dict[str, Experiment] = field(repr=False)
+
+    def read_select(self) -> tuple[Candidates, SelectPool]:
+        """The candidates whose predictions on select are sound, and their pool; the others are named in a warning.
+
+        Raises UsageError when examples, labels or classes differ, or when none is left.
+        """
+        first = self._read(0, SelectPredictions)
+        with ThreadPoolExecutor(READERS) as readers:
+            summaries = list(readers.map(lambda place: self._summary(place, first), range(len(self.rows))))
+        sound = [place for place, summary in enumerate(summaries) if summary is not None]
+        unsound = [self.rows[place] for place, summary in enumerate(summaries) if summary is None]
+        if unsound:
+            listed = ", ".join(f"{c.experiment}/{c.name}" for c in unsound)
+            warnings.warn(
+                f"{len(unsound)} of {len(self.rows)} candidates have logits that are not finite, and are left out: "
+                f"{listed}",
+                DataWarning,
+                stacklevel=2,
+            )
+        if not sound:
+            raise UsageError("no candidate has finite logits; search again with a lower learning rate")
+        kept = Candidates(tuple(self.rows[place] for place in sound), self.experiments)
+        pool = SelectPool.of(
+            kept._logits(SelectPredictions, first),
+            first.labels_N,
+            summaries=[summary for summary in summaries if summary is not None],
+            trials_M=_numbered((c.experiment, c.trial_id) for c in kept.rows),
+            configurations_M=_numbered(c.configuration for c in kept.rows),
+            costs_M=np.array([c.multiply_adds for c in kept.rows], dtype=np.float64),
+        )
+        return kept, pool
+
+    def load(self, of: type[AnyPool]) -> AnyPool:
+        """The candidates' predictions for a split, read as they are asked for.
+
+        Reading raises UsageError when what is stored does not fit.
+        """
+        first = self._read(0, POOLS[of][1])
+        return of(self._logits(POOLS[of][1], first), first.labels_N)
+
+    def _logits(self, of: type[Predictions], first: Predictions) -> StoredLogits:
+        def read(place: int) -> npt.NDArray[np.float16]:
+            logits_NC = self._checked(place, of, first).logits_NC
+            if not np.isfinite(logits_NC).all():
+                raise UsageError(
+                    f"{self.rows[place].experiment}/{self.rows[place].name} has logits that are not finite; leave it "
+                    f"out with --candidates \"trial_id != '{self.rows[place].trial_id}'\""
+                )
+            return logits_NC
+
+        return StoredLogits(read, len(self.rows))
+
+    def _summary(self, place: int, first: Predictions) -> Summary | None:
+        logits_NC = self._checked(place, SelectPredictions, first).logits_NC
+        return summarize(logits_NC, first.labels_N) if np.isfinite(logits_NC).all() else None
+
+    def _read(self, place: int, of: type[Predictions]) -> Predictions:
+        row = self.rows[place]
+        return self.experiments[row.experiment].predictions(row.trial_id, of, variant=row.variant)
+
+    def _checked(self, place: int, of: type[Predictions], first: Predictions) -> Predictions:
+        """A candidate's predictions. Raises UsageError when they are not of the same examples, labels and classes."""
+        predictions = self._read(place, of)
+        split = next(split for split, cls in POOLS.values() if cls is of)
+        name, other = (f"{c.experiment}/{c.name}" for c in (self.rows[place], self.rows[0]))
+        fix = f"leave one of them out, with --experiment or --candidates \"trial_id != '{self.rows[place].trial_id}'\""
+        if not np.array_equal(predictions.example_ids_N, first.example_ids_N):
+            raise UsageError(f"{name} was predicted on other {split} examples than {other}, or in another order; {fix}")
+        if not np.array_equal(predictions.labels_N, first.labels_N):
+            raise UsageError(f"{name} has other labels than {other} for the same {split} examples; {fix}")
+        if predictions.logits_NC.shape != first.logits_NC.shape:
+            classes = [p.logits_NC.shape[1] for p in (predictions, first)]
+            raise UsageError(f"{name} knows {classes[0]} classes and {other} {classes[1]}; {fix}")
+        return predictions
+
+
+def choose_experiments(results_dir: str, wanted: Sequence[str], *, include_stopped: bool) -> dict[str, Experiment]:
+    """The named experiments, or the newest with two or more usable trials.
+
+    Raises UsageError when there is none, or when splits or classes differ.
+    """
+    if wanted:
+        experiments = {name: Experiment.open(results_dir, name) for name in wanted}
+        _check_alike(experiments, "split_hash", "splits")
+        _check_alike(experiments, "class_names", "classes, or an order of classes,")
+        return experiments
+    there = names(results_dir)
+    if not there:
+        raise UsageError(
+            f"there are no experiments in {results_dir}; make one with python -m orchestrator.search digits"
+        )
+    for name in reversed(there):
+        experiment = Experiment.open(results_dir, name)
+        if len(_usable(experiment, include_stopped=include_stopped)) >= 2:
+            return {name: experiment}
+    raise UsageError(
+        f"no experiment in {results_dir} has two or more {'' if include_stopped else 'completed '}trials with "
+        f"predictions; search longer{'' if include_stopped else ', or add --include-stopped'}"
+    )
+
+
+def _check_alike(experiments: dict[str, Experiment], key: str, what: str) -> None:
+    values = {name: experiment.info[key] for name, experiment in experiments.items()}
+    if len({str(value) for value in values.values()}) > 1:
+        listed = ", ".join(f"{name} {str(value)[:60]}" for name, value in values.items())
+        raise UsageError(f"these experiments have different {what} and cannot be pooled: {listed}; take one")
+
+
+def find_candidates(
+    experiments: dict[str, Experiment], *, k: int, include_stopped: bool, expression: str = ""
+) -> Candidates:
+    """The candidates of experiments, those alone for which `expression` holds.
+
+    `expression` is one of pandas (`DataFrame.query`) over the columns of `trials` with `config.` left off where that
+    is no other column, `experiment` and `variant`. Raises UsageError when there are fewer trials than k.
+    """
+    tables = [_variants(experiment, include_stopped=include_stopped) for experiment in experiments.values()]
+    filled = [table for table in tables if len(table)]
+    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+    if expression and len(table):
+        table = _where(table, expression)
+    rows = tuple(_candidate(row) for _, row in table.iterrows())
+    num_trials = len({(row.experiment, row.trial_id) for row in rows})
+    if num_trials < k:
+        raise _too_few(num_trials, experiments, k=k, include_stopped=include_stopped, expression=expression)
+    return Candidates(rows, experiments)
+
+
+def _where(table: pd.DataFrame, expression: str) -> pd.DataFrame:
+    short = {name: name.removeprefix("config.") for name in table.columns}
+    named = table.rename(columns={name: new for name, new in short.items() if new == name or new not in table.columns})
+    try:
+        chosen = named.eval(expression)
+    except Exception as error:  # whatever pandas makes of what was typed
+        raise UsageError(
+            f"--candidates {expression!r} cannot be evaluated ({str(error).splitlines()[0]}); write it as for "
+            f"pandas.DataFrame.query, for example \"variant == 'best' and dropout > 0.1\", over: "
+            f"{', '.join(named.columns)}"
+        ) from error
+    if not isinstance(chosen, pd.Series) or chosen.dtype != bool:
+        raise UsageError(f"--candidates {expression!r} is not true or false of a trial; write a comparison")
+    return table[chosen.to_numpy()]
+
+
+def _too_few(
+    found: int, experiments: dict[str, Experiment], *, k: int, include_stopped: bool, expression: str
+) -> UsageError:
+    hint = ""
+    if not include_stopped:
+        more = sum(len(_usable(e, include_stopped=True)) for e in experiments.values())
+        more -= sum(len(_usable(e, include_stopped=False)) for e in experiments.values())
+        hint = f", or add --include-stopped for {more} more that were stopped early" if more else ""
+    blind = sum(int(e.trials()["val_accuracy"].isna().sum()) for e in experiments.values())
+    if blind:
+        hint += f" (without validation, as with val_fraction=0, a trial cannot be chosen: {blind} have none)"
+    kind = "trials" if include_stopped else "completed trials"
+    given = f" for which {expression!r} holds" if expression else ""
+    return UsageError(
+        f"--top-k {k} but only {found} {kind}{given} in {', '.join(experiments)}; lower it, search longer, name more "
+        f"experiments{hint}"
+    )
+
+
+def _usable(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
+    """The rows of `trials` that have predictions and validation."""
+    trials = experiment.trials()
+    statuses = ["completed", "pruned"] if include_stopped else ["completed"]
+    return trials[trials["status"].isin(statuses) & (trials["predictions"] != "") & trials["val_accuracy"].notna()]
+
+
+def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
+    """The usable trials, a row for each variant with whole predictions; what is left out is named in a warning."""
+    usable = _usable(experiment, include_stopped=include_stopped).assign(experiment=experiment.name)
+    sizes = {split: size for split, size in experiment.info["split_sizes"].items() if split != "train" and size}
+    lacking: dict[str, str] = {}
+    rows = []
+    for _, row in usable.iterrows():
+        try:
+            counts = experiment.stored_counts(row["trial_id"])
+        except UsageError as error:
+            lacking[row["trial_id"]] = str(error)
+            continue
+        for variant, of_variant in counts.items():
+            wrong = {split: of_variant.get(split, 0) for split in sizes if of_variant.get(split, 0) != sizes[split]}
+            if wrong:
+                listed = ", ".join(f"{count:,} of {sizes[split]:,} {split} rows" for split, count in wrong.items())
+                lacking[f"{row['trial_id']}/{variant}"] = f"{row['trial_id']}/{variant} has {listed}"
+            else:
+                rows.append({**row, "variant": variant})
+    if lacking:
+        warnings.warn(
+            f"{len(lacking)} stored predictions of {experiment.name} are not whole and are left out: "
+            f"{'; '.join(lacking.values())}",
+            DataWarning,
+            stacklevel=2,
+        )
+    return pd.DataFrame(rows, columns=[*usable.columns, "variant"])
+
+
+def _candidate(row: pd.Series) -> Candidate:
+    views = NUM_VIEWS[row["config.test_time_augmentation"]] if row["variant"] == "tta" else 1
+    speed = row["inference_images_per_second"]
+    return Candidate(
+        experiment=row["experiment"],
+        trial_id=row["trial_id"],
+        variant=row["variant"],
+        configuration=f"{row['experiment']}/{row['finalist_of'] or row['trial_id']}",
+        stage=row["stage"],
+        backbone=row["backbone"],
+        status=row["status"],
+        averaged=row["config.ema_decay"] > 0,
+        train_seconds=float(row["train_seconds"]),
+        train_cost=float(row["epochs_trained"] * row["config.train_fraction"] * row["multiply_adds"]),
+        num_parameters=int(row["num_parameters"]),
+        multiply_adds=int(row["multiply_adds"]) * views,
+        images_per_second=None if pd.isna(speed) else float(speed) / views,
+    )
+
+
+def _numbered(keys: Iterable[object]) -> IntArray:
+    """A number for each key, the same for equal ones."""
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What models cost together: to train, each trial once however many of its variants there are; and to predict with.
+
+    `images_per_second` is of predicting, one model after the other; None where a model's speed is not known.
+    """
+
+    train_seconds: float
+    train_cost: float
+    num_parameters: int
+    multiply_adds: int
+    images_per_second: float | None
+
+
+def cost_of(members: Sequence[Candidate]) -> Cost:
+    """What some models cost together."""
+    trained = {(c.experiment, c.trial_id): c for c in members}.values()
+    stored = {(c.experiment, c.trial_id, "best" if c.variant == "tta" else c.variant): c for c in members}.values()
+    seconds_an_image = [1 / c.images_per_second if c.images_per_second else np.inf for c in members]
+    return Cost(
+        train_seconds=sum(c.train_seconds for c in trained),
+        train_cost=sum(c.train_cost for c in trained),
+        num_parameters=sum(c.num_parameters for c in stored),
+        multiply_adds=sum(c.multiply_adds for c in members),
+        images_per_second=1 / sum(seconds_an_image) if np.isfinite(seconds_an_image).all() else None,
+    )

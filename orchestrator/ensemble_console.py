@@ -1,0 +1,223 @@
+"""What making an ensemble shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.candidates import Candidate, Candidates
+from orchestrator.diversity import Diversity, disagreement
+from orchestrator.ensembling import Row, shown_on_test
+from orchestrator.pool import SelectPool
+from orchestrator.returns import Stability
+from results.schema import ScoreRecord
+from results.store import Experiment
+
+MOST_COLUMNS = 8
+"""Members between whom the table of disagreement is shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that is known of an ensemble once it has been made. `on_front`: of each row of the curve."""
+
+    experiment: Experiment
+    ensemble_id: str
+    candidates: Candidates
+    select: SelectPool
+    rows: list[Row]
+    curve: list[Row]
+    on_front: list[bool]
+    scores: list[ScoreRecord]
+    stability: Stability
+    diversity: Diversity | None
+    comparisons: int
+
+    @property
+    def members(self) -> list[Candidate]:
+        """The chosen ensemble's members."""
+        return [self.candidates.rows[member] for member in self.rows[0].ensembles[0].members]
+
+    def score(self, row: Row, split: str, metric: str) -> ScoreRecord:
+        """A row's record of a metric on a split."""
+        key = (row.kind, row.label, split, metric)
+        return next(s for s in self.scores if (s.kind, s.label, s.split, s.metric) == key)
+
+    def optimism(self, metric: str) -> float | None:
+        """How much better the chosen ensemble looked on select than it is on estimate."""
+        chosen, estimate = (self.score(self.rows[0], split, metric).value for split in ("select", "estimate"))
+        if chosen is None or estimate is None:
+            return None
+        return chosen - estimate if metric == "accuracy" else estimate - chosen
+
+
+def show(console: Console, report: Report) -> None:
+    """Print the members, the tables of estimate and test, what the controls say, and what more members bring."""
+    ensemble, name = report.rows[0].ensembles[0], report.experiment.name
+    temperature = ensemble.combination.temperature
+    shown = "" if temperature is None else f", temperature {temperature:.2f}"
+    console.print(
+        f"{name}: {len(report.members)} of {len(report.candidates.rows)} candidates, chosen by "
+        f"{report.rows[0].selection!r} on {len(report.select.labels_N):,} select images{shown}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_members_table(report))
+    if report.diversity is not None and report.diversity.disagreement is not None:
+        console.print(_diversity_line(report.diversity), highlight=False, soft_wrap=True)
+    console.print(_score_table(report, "estimate", "estimate: read once, after choosing", report.rows))
+    console.print(_score_table(report, "test", "test: scored once, never chosen on", shown_on_test(report.rows)))
+    console.print(_curve_table(report))
+    for line in [*verdicts(report), *_caveats(report)]:
+        console.print(line, highlight=False, soft_wrap=True)
+    folder = report.experiment.ensemble_folder(report.ensemble_id)
+    console.print(f"stored in {folder}", highlight=False, soft_wrap=True)
+
+
+def verdicts(report: Report) -> list[str]:
+    """What estimate says of the chosen ensemble against the best single model, then against each other control."""
+    controls = [row for row in report.rows if row.kind == "control" or (row.kind == "single" and row.baseline)]
+    controls += [row for row in report.rows if row.selection == "whole budget"]
+    return [_verdict(report, row) for row in controls]
+
+
+def _verdict(report: Report, row: Row) -> str:
+    parts = []
+    for name, metric in (("accuracy", "accuracy"), ("NLL", "nll")):
+        score = report.score(row, "estimate", metric)
+        gain, low, high = score.chosen_gain, score.chosen_gain_ci_low, score.chosen_gain_ci_high
+        if gain is None or low is None or high is None:
+            continue
+        word = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        tested = "" if score.chosen_p_value is None else f", p {score.chosen_p_value:.2g}"
+        parts.append(f"{name} {word} (gain {_gain(gain, low, high)}{tested})")
+    names = {"random": "random members", "top": "the most accurate", "seeds": "seeds of one configuration"}
+    what = f"the {row.label}" if row.kind == "single" else f"{score.k} {names[row.selection]}"
+    return f"against {what}, on {score.num_examples:,} estimate images: {'; '.join(parts)}"
+
+
+def _caveats(report: Report) -> list[str]:
+    """How much better select made it look, how stable the choice is, and how many intervals were shown."""
+    accuracy, nll = report.optimism("accuracy"), report.optimism("nll")
+    nll_text = "" if nll is None else f", NLL by {nll:+.4f}"
+    stability = report.stability
+    cross = "" if stability.nll is None else f", NLL {stability.nll:.4f}"
+    return [
+        f"optimism: select showed accuracy better by {accuracy:+.4f}{nll_text} than estimate does",
+        f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
+        f"{cross}; two such choices share {stability.overlap:.0%} of their members",
+        f"{report.comparisons} gains with 95% intervals were computed on estimate; were there none, about "
+        f"{report.comparisons / 20:.0f} would exclude zero all the same: quote the first line, above",
+    ]
+
+
+def _diversity_line(diversity: Diversity) -> str:
+    figures = (
+        ("disagreement", diversity.disagreement),
+        ("Q-statistic", diversity.q_statistic),
+        ("correlation of errors", diversity.error_correlation),
+        ("KL", diversity.kl),
+    )
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures if value is not None)
+    return (
+        f"between members, on select: {shown}; averaging takes {diversity.ambiguity:.4f} nats off their mean NLL of "
+        f"{diversity.mean_member_nll:.4f}"
+    )
+
+
+def _members_table(report: Report) -> Table:
+    ensemble, members = report.rows[0].ensembles[0], report.members
+    wide = 1 < len(members) <= MOST_COLUMNS
+    title = "members" + (", and how often two of them disagree on select" if wide else "")
+    table = Table(title=title, title_justify="left", box=None)
+    names = [_name(member, report.candidates) for member in members]
+    for heading in ("trial", "weight", "temperature", *(names if wide else [])):
+        table.add_column(heading, justify="left" if heading == "trial" else "right")
+    disagreement_MM = disagreement(report.select.log_probs(ensemble.members)) if wide else None
+    temperatures_M = ensemble.combination.temperatures_M
+    for index, name in enumerate(names):
+        cells = []
+        if disagreement_MM is not None:
+            cells = ["-" if i == index else f"{value:.3f}" for i, value in enumerate(disagreement_MM[index])]
+        table.add_row(name, f"{ensemble.weights_M[index]:.2f}", f"{temperatures_M[index]:.2f}", *cells)
+    return table
+
+
+def _name(member: Candidate, candidates: Candidates) -> str:
+    return f"{member.experiment}/{member.name}" if len(candidates.experiments) > 1 else member.name
+
+
+def _score_table(report: Report, split: str, title: str, rows: Sequence[Row]) -> Table:
+    examples = report.score(rows[0], split, "accuracy").num_examples
+    table = Table(title=f"{title} ({examples:,} images)", title_justify="left", box=None)
+    table.add_column("")
+    headings = ("k", "accuracy", "gain over best single (95%)", "p", "NLL", "gain (95%)", "ECE", "(floor)")
+    for heading in (*headings, "trained", "multiply-adds", "images/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        of = {metric: report.score(row, split, metric) for metric in ("accuracy", "nll", "ece", "ece_floor")}
+        accuracy = of["accuracy"]
+        table.add_row(
+            row.label + (" *" if row.chosen else ""),
+            str(accuracy.k),
+            _figure(accuracy.value),
+            "" if row.baseline else _gain_of(accuracy),
+            "" if row.baseline or accuracy.p_value is None else f"{accuracy.p_value:.2g}",
+            _figure(of["nll"].value),
+            "" if row.baseline else _gain_of(of["nll"]),
+            _figure(of["ece"].value),
+            "" if of["ece_floor"].value is None else f"{of['ece_floor'].value:.4f}",
+            *_costs(accuracy),
+        )
+    return table
+
+
+def _costs(score: ScoreRecord) -> tuple[str, str, str]:
+    """Time of training, multiply-adds and images a second of predicting."""
+    seconds = score.training_seconds
+    trained = (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36000
+        else f"{seconds / 3600:.0f} h"
+    )
+    speed = "-" if score.images_per_second is None else f"{score.images_per_second:,.0f}"
+    return trained, f"{score.multiply_adds / 1e6:,.1f} M", speed
+
+
+def _curve_table(report: Report) -> Table:
+    title = "more members, on estimate (+ on select's front of accuracy and cost)"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("k", justify="right")
+    for heading in ("accuracy (95%)", "NLL (95%)", "multiply-adds", "images/s", ""):
+        table.add_column(heading, justify="right")
+    for row, on_front in zip(report.curve, report.on_front, strict=True):
+        accuracy, nll = (report.score(row, "estimate", metric) for metric in ("accuracy", "nll"))
+        _, adds, speed = _costs(accuracy)
+        cells = [str(accuracy.k), _with_interval(accuracy), _with_interval(nll), adds, speed, "+" if on_front else ""]
+        table.add_row(*cells)
+    return table
+
+
+def _with_interval(score: ScoreRecord) -> str:
+    if score.value is None:
+        return "-"
+    return f"{score.value:.4f} [{score.ci_low:.4f}, {score.ci_high:.4f}]"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _gain_of(score: ScoreRecord) -> str:
+    if score.gain is None or score.gain_ci_low is None or score.gain_ci_high is None:
+        return "-"
+    return _gain(score.gain, score.gain_ci_low, score.gain_ci_high)
+
+
+def _gain(value: float, low: float, high: float) -> str:
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -1,0 +1,138 @@
+"""What a trial stores of its models: weights, and what they predict for every split that has examples.
+
+Variants of one training: `best`, the best epoch's weights; `tta`, the same averaged over views of each image; `raw`,
+the last raw weights, where an average is evaluated; `epoch_27`, a snapshot; `swa`, the mean of all snapshots; `soup`,
+the mean of some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from safetensors.torch import load, save
+from torch import nn
+
+from results.schema import PREDICTIONS, Predictions, SelectPredictions
+from results.store import TrialFiles
+from trainables.averaging import Soup, Weights, greedy_soup, mean, renew_batch_norms
+from trainables.config import TrainConfig
+from trainables.evaluation import predictions
+from trainables.loop import TrainState
+from trainables.resident import TrainingImages
+from trainables.validation import accuracy, log_softmax, nll
+
+P = TypeVar("P", bound=Predictions)
+
+
+def is_snapshot(epoch: int, config: TrainConfig) -> bool:
+    """Whether a snapshot is taken after an epoch of the configuration's schedule."""
+    every = config.snapshot_every
+    return every > 0 and epoch % every == 0 and epoch / config.max_epochs >= config.snapshot_from
+
+
+def snapshot(epoch: int) -> str:
+    """The variant that is a snapshot; a trial on several legs counts epochs through all of them."""
+    return f"epoch_{epoch}"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The variants of one trial at one moment, and where they go."""
+
+    config: TrainConfig
+    data: TrainingImages
+    state: TrainState
+    files: TrialFiles
+
+    def store_snapshot(self, epoch: int) -> None:
+        """Store the evaluated model's present weights."""
+        self._write(snapshot(epoch), self.state.evaluated.state_dict(), epochs=(epoch,))
+
+    def store_best(self) -> None:
+        """Store the best epoch's weights, and what they predict."""
+        self._write_best()
+        self.files.write_predictions(self._of_best())
+
+    def store_all(self, snapshots: Sequence[int]) -> None:
+        """Store every variant of a trial that has run to its end; `snapshots`: the epochs that are stored as such.
+
+        `swa` and `soup` take two snapshots or more. The soup is chosen on select by the monitored figure: there is none
+        without select, when it would be a single snapshot, nor when it would be all of them, which is `swa`.
+        """
+        self._write_best()
+        stored = self._of_best()
+        if self.state.learner.ema is not None:
+            self._write("raw", self.state.learner.model.state_dict(), epochs=(self.state.results[-1].epoch,))
+            stored["raw"] = self._predicted("raw")
+        stored |= {snapshot(epoch): self._predicted(snapshot(epoch)) for epoch in snapshots}
+        if len(snapshots) > 1:
+            self._write("swa", self._average(tuple(snapshots)), epochs=snapshots)
+            stored["swa"] = self._predicted("swa")
+            soup = self._soup(snapshots, stored)
+            if soup is not None and len(soup.members) < len(snapshots):
+                self._write("soup", soup.weights, epochs=soup.members)
+                stored["soup"] = self._predicted("soup")
+        self.files.write_predictions(stored)
+
+    def _write_best(self) -> None:
+        self._write("best", self.state.best_weights, epochs=(self.state.results[-1].best_epoch,))
+
+    def _write(self, variant: str, weights: Weights, *, epochs: Sequence[int]) -> None:
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        key = "epoch" if len(epochs) == 1 else "epochs"
+        self.files.replace(
+            self.files.weights(variant), save(content, metadata={key: ",".join(str(epoch) for epoch in epochs)})
+        )
+
+    def _read(self, variant: str) -> Weights:
+        return load(self.files.weights(variant).read_bytes())
+
+    def _of_best(self) -> dict[str, list[Predictions]]:
+        """What the best epoch's model predicts; for select the epoch's figures have been made from it already."""
+        model, select = self.state.best_model(), self.state.best_select
+        best = [
+            select if cls is SelectPredictions and select is not None else self._predict(model, cls)
+            for cls in self._kinds()
+        ]
+        views = self.config.test_time_augmentation
+        if views == "none":
+            return {"best": best}
+        return {"best": best, "tta": [self._predict(model, cls, views=views) for cls in self._kinds()]}
+
+    def _predicted(self, variant: str) -> list[Predictions]:
+        """What a variant predicts with the weights that are stored."""
+        model = self.state.learner.evaluated_copy(self._read(variant))
+        return [self._predict(model, cls) for cls in self._kinds()]
+
+    def _kinds(self) -> list[type[Predictions]]:
+        return [cls for split, cls in PREDICTIONS.items() if self.data.split.sizes()[split]]
+
+    def _predict(self, model: nn.Module, of: type[P], *, views: str = "none") -> P:
+        return predictions(model, self.data, of, views=views, precision=self.config.precision)
+
+    def _average(self, epochs: tuple[int, ...]) -> Weights:
+        model = self.state.learner.evaluated_copy(mean(self._read(snapshot(epoch)) for epoch in epochs))
+        renew_batch_norms(model, self.data, self.config)
+        return model.state_dict()
+
+    def _soup(self, snapshots: Sequence[int], stored: dict[str, list[Predictions]]) -> Soup | None:
+        if not len(self.data.split.select):
+            return None
+        of_snapshots = [part for epoch in snapshots for part in stored[snapshot(epoch)]]
+        figures = [self._figure(part) for part in of_snapshots if isinstance(part, SelectPredictions)]
+        return greedy_soup(snapshots, figures, average=self._average, figure_of=self._figure_of)
+
+    def _figure_of(self, weights: Weights) -> float:
+        return self._figure(self._predict(self.state.learner.evaluated_copy(weights), SelectPredictions))
+
+    def _figure(self, select: SelectPredictions) -> float:
+        """The monitored figure, higher is better."""
+        if not np.isfinite(select.logits_NC).all():
+            return -math.inf
+        if self.config.monitor == "val_accuracy":
+            return accuracy(select.logits_NC, select.labels_N)
+        return -nll(log_softmax(select.logits_NC), select.labels_N)
