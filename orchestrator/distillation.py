@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import pandas as pd
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
 from results.history import TrialHistory
-from results.schema import PREDICTIONS, DistillationRecord, Split
+from results.schema import PREDICTIONS, DataWarning, DistillationRecord, Split
 from results.store import Experiment
 from trainables.validation import accuracy, log_softmax, nll
 
@@ -98,11 +100,13 @@ def _figures(experiment: Experiment, trial: TrialHistory, split: Split) -> dict[
 
 
 def ensemble_accuracies(experiment: Experiment, ensemble_id: str) -> dict[str, float]:
-    """The accuracy of the chosen ensemble on each split, as it was scored; empty when the scores are not there."""
+    """The accuracy of the chosen ensemble on each split, as it was scored; empty when that cannot be read."""
     path = experiment.ensemble_folder(ensemble_id) / "scores.parquet"
-    if not path.exists():
+    try:
+        scores = pd.read_parquet(path)
+    except (OSError, pa.ArrowException) as error:
+        warnings.warn(f"{path} cannot be read ({str(error).splitlines()[0]})", DataWarning, stacklevel=2)
         return {}
-    scores = pd.read_parquet(path)
     chosen = scores[scores["chosen"] & (scores["metric"] == "accuracy") & scores["value"].notna()]
     return {str(split): float(value) for split, value in zip(chosen["split"], chosen["value"], strict=True)}
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from orchestrator import cli, distill
-from orchestrator.distillation import PairedDifference, kept_share
+from orchestrator.distillation import PairedDifference, ensemble_accuracies, kept_share
 from orchestrator.plan import resumed
 from orchestrator.serving import load_ensemble
-from results.schema import DistillationRecord, SelectPredictions, TestPredictions, UsageError
+from results.schema import DataWarning, DistillationRecord, SelectPredictions, TestPredictions, UsageError
 from results.store import Experiment
 from tests.serving import make_ensemble, trained_experiment
 from tests.simulation import plan
@@ -411,6 +411,13 @@ def test_a_resume_takes_what_is_not_given_from_the_experiment_and_adds_seeds(run
         assert trials["backbone"].tolist() == ["efficient200k"] * 2
         assert trials["config.distill_weight"].tolist() == [weight] * 2
     assert len(pd.read_parquet(runs / "mine" / "distillation.parquet")) == 12
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PAR1")])
+def test_scores_that_cannot_be_read_are_warned_of_and_left_out(damage: Callable[[Path], object], runs: Path) -> None:
+    damage(runs / "digits" / "ensembles" / "e0001" / "scores.parquet")
+    with pytest.warns(DataWarning, match=r"scores\.parquet cannot be read"):
+        assert ensemble_accuracies(Experiment.open(runs, "digits"), "e0001") == {}
 
 
 def test_one_seed_says_that_it_gives_no_interval(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
