@@ -74,7 +74,7 @@ class Ensemble:
         for member, weight, temperature in zip(
             self.members, combination.weights, combination.temperatures_M, strict=True
         ):
-            total_NC += weight * np.exp(tempered(pool.logits[member], float(temperature)))
+            total_NC += weight * np.exp(pool.log_probs([member], np.array([temperature]))[0])
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(total_NC))
 
