@@ -4,9 +4,9 @@
     python benchmarks/ensemble_cost.py --models 2000 --no-loop
 
 Models are invented: they differ in skill, share errors, and have logits of 5,000 images and 100 classes for each of
-select, estimate and test, stored as a search stores them. The plain loop adds each candidate's float64 probabilities to
-the sum, divides, and computes the NLL or the accuracy of all images; it is run for a few of the 50 rounds, in turns with
-the whole selection of this project, and scaled. The command is run as a user runs it.
+select, estimate and test, stored as a search stores them. The plain loop adds each candidate's float64 probabilities
+to the sum, divides, and computes the NLL or the accuracy of all images; it is run for a few of the 50 rounds, in turns
+with the whole selection of this project, and scaled. The command is run as a user runs it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def store_models(
             experiment.files(trial_id).write_predictions(stored)
             again = finalist_of[number] if finalist_of else ""
             config = TrainConfig(**{"max_epochs": 1, "seed": number, **((changes or {}).get(number, {}))})  # type: ignore[arg-type]
-            log_probs_NC = log_softmax(variants["best"]["select"])
+            log_probs_NC = log_softmax(np.nan_to_num(variants["best"]["select"], posinf=0, neginf=0))
             _record(
                 experiment,
                 trial_id,

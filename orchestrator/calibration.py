@@ -14,6 +14,7 @@ from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities, log_softmax
 
 BOUNDS = (0.05, 20.0)
+FIRST_STEP = 0.25
 PRIOR_SCALE = math.log(2)
 """Standard deviation of log T before the data: without it T falls to its bound where select has no error."""
 
@@ -41,9 +42,13 @@ def fit_temperature(log_probs_NC: FloatArray, labels_N: IntArray) -> float:
         expected_N = np.einsum("nc,nc->n", weights_NC, below_best_NC) / weights_NC.sum(1)
         return inverse * (of_label - float(expected_N.sum(dtype=np.float64))) + log_temperature / PRIOR_SCALE**2
 
-    low, high = (math.log(bound) for bound in BOUNDS)
-    if slope(low) >= 0:
-        return BOUNDS[0]
-    if slope(high) <= 0:
-        return BOUNDS[1]
-    return math.exp(brentq(slope, low, high, xtol=1e-4))
+    lowest, highest = (math.log(bound) for bound in BOUNDS)
+    low = high = 0.0
+    step = FIRST_STEP
+    if slope(0.0) > 0:  # the best is below
+        while low > lowest and slope(low) > 0:
+            high, low, step = low, max(lowest, low - step), 2 * step
+        return BOUNDS[0] if slope(low) > 0 else math.exp(brentq(slope, low, high, xtol=1e-3))
+    while high < highest and slope(high) <= 0:
+        low, high, step = high, min(highest, high + step), 2 * step
+    return BOUNDS[1] if slope(high) <= 0 else math.exp(brentq(slope, low, high, xtol=1e-3))

@@ -6,21 +6,17 @@ Shape suffixes: N examples, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from orchestrator.pool import POOLS, AnyPool, SelectPool, StoredLogits, Summary, summarize
-from results.schema import DataWarning, IntArray, Predictions, SelectPredictions, UsageError
+from orchestrator.pool import KEPT_BYTES, POOLS, AnyPool, SelectPool, StoredLogits, Summary, in_threads, summarize
+from results.schema import DataWarning, FloatArray, IntArray, Predictions, SelectPredictions, UsageError
 from results.store import Experiment, names
 from trainables.config import NUM_VIEWS
-
-READERS = 2
-"""Threads that read and decode predictions; decoding is not Python's."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +70,42 @@ class Candidates:
         Raises UsageError when examples, labels or classes differ, or when none is left.
         """
         first = self._read(0, SelectPredictions)
-        with ThreadPoolExecutor(READERS) as readers:
-            summaries = list(readers.map(lambda place: self._summary(place, first), range(len(self.rows))))
-        sound = [place for place, summary in enumerate(summaries) if summary is not None]
-        unsound = [self.rows[place] for place, summary in enumerate(summaries) if summary is None]
+        logits = StoredLogits(self._reader(SelectPredictions, first), len(self.rows), most_bytes=KEPT_BYTES)
+
+        def read(place: int) -> tuple[FloatArray, Summary | None]:
+            logits_NC = self._checked(place, SelectPredictions, first).logits_NC
+            return logits_NC, summarize(logits_NC, first.labels_N) if np.isfinite(logits_NC).all() else None
+
+        summaries: dict[int, Summary] = {}
+        for place, (logits_NC, summary) in enumerate(in_threads(read, range(len(self.rows)))):
+            if summary is not None:
+                summaries[place] = summary
+                logits.keep(place, logits_NC)
+        self._name_unsound([row for place, row in enumerate(self.rows) if place not in summaries])
+        sound = list(summaries)
+        kept = Candidates(tuple(self.rows[place] for place in sound), self.experiments)
+        pool = SelectPool.of(
+            StoredLogits(lambda place: logits[sound[place]], len(sound)),
+            first.labels_N,
+            summaries=list(summaries.values()),
+            trials_M=_numbered((c.experiment, c.trial_id) for c in kept.rows),
+            configurations_M=_numbered(c.configuration for c in kept.rows),
+            costs_M=np.array([c.multiply_adds for c in kept.rows], dtype=np.float64),
+        )
+        return kept, pool
+
+    def _name_unsound(self, unsound: Sequence[Candidate]) -> None:
+        """Warn of candidates that are left out. Raises UsageError when that is all of them."""
+        if len(unsound) == len(self.rows):
+            raise UsageError("no candidate has finite logits; search again with a lower learning rate")
         if unsound:
             listed = ", ".join(f"{c.experiment}/{c.name}" for c in unsound)
             warnings.warn(
                 f"{len(unsound)} of {len(self.rows)} candidates have logits that are not finite, and are left out: "
                 f"{listed}",
                 DataWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        if not sound:
-            raise UsageError("no candidate has finite logits; search again with a lower learning rate")
-        kept = Candidates(tuple(self.rows[place] for place in sound), self.experiments)
-        pool = SelectPool.of(
-            kept._logits(SelectPredictions, first),
-            first.labels_N,
-            summaries=[summary for summary in summaries if summary is not None],
-            trials_M=_numbered((c.experiment, c.trial_id) for c in kept.rows),
-            configurations_M=_numbered(c.configuration for c in kept.rows),
-            costs_M=np.array([c.multiply_adds for c in kept.rows], dtype=np.float64),
-        )
-        return kept, pool
 
     def load(self, of: type[AnyPool]) -> AnyPool:
         """The candidates' predictions for a split, read as they are asked for.
@@ -105,9 +113,9 @@ class Candidates:
         Reading raises UsageError when what is stored does not fit.
         """
         first = self._read(0, POOLS[of][1])
-        return of(self._logits(POOLS[of][1], first), first.labels_N)
+        return of(StoredLogits(self._reader(POOLS[of][1], first), len(self.rows)), first.labels_N)
 
-    def _logits(self, of: type[Predictions], first: Predictions) -> StoredLogits:
+    def _reader(self, of: type[Predictions], first: Predictions) -> Callable[[int], npt.NDArray[np.float16]]:
         def read(place: int) -> npt.NDArray[np.float16]:
             logits_NC = self._checked(place, of, first).logits_NC
             if not np.isfinite(logits_NC).all():
@@ -117,11 +125,7 @@ class Candidates:
                 )
             return logits_NC
 
-        return StoredLogits(read, len(self.rows))
-
-    def _summary(self, place: int, first: Predictions) -> Summary | None:
-        logits_NC = self._checked(place, SelectPredictions, first).logits_NC
-        return summarize(logits_NC, first.labels_N) if np.isfinite(logits_NC).all() else None
+        return read
 
     def _read(self, place: int, of: type[Predictions]) -> Predictions:
         row = self.rows[place]

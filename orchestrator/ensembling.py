@@ -14,7 +14,7 @@ import numpy as np
 from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, Combination, Combined
 from orchestrator.metrics import Scored, score
-from orchestrator.pool import Pool, SelectPool
+from orchestrator.pool import Pool, SelectPool, in_threads
 from orchestrator.selection import SELECTORS, Selection, by_rank, random, repeated_best, top, uniform, within_cost
 from results.schema import FloatArray, UsageError
 from trainables.validation import Probabilities
@@ -74,7 +74,7 @@ class Ensemble:
         for member, weight, temperature in zip(
             self.members, combination.weights, combination.temperatures_M, strict=True
         ):
-            total_NC += weight * np.exp(tempered(pool.logits[member], float(temperature)))
+            total_NC += weight * np.exp(pool.log_probs([member], np.array([temperature]))[0])
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(total_NC))
 
@@ -135,14 +135,14 @@ def choose(
     else:
         selected = within_cost(select, k, max_cost, selection, rng)
     rows = [Row("ensemble", selection, (Ensemble.fit(selected, combiner, select),), f"{selection}, {combiner}", True)]
-    for other in COMBINERS:
-        if other != combiner and (len(selected.members) <= MOST_AT_ONCE or takes_any_number(other)):
-            fitted = Ensemble.fit(selected, other, select)
-            rows.append(Row("ensemble", selection, (fitted,), f"{selection}, {other}"))
+    others = [c for c in COMBINERS if c != combiner and (len(selected.members) <= MOST_AT_ONCE or takes_any_number(c))]
+    fitted = in_threads(lambda other: Ensemble.fit(selected, other, select), others)
+    rows += [Row("ensemble", selection, (e,), f"{selection}, {e.combination.combiner}") for e in fitted]
     rows += _singles(select, kinds)
     rows += _of_whole_budget(select, train_costs, selected.members)
     rows.append(Row("control", "top", (Ensemble.fit(top(select, k, rng), "mean", select),), "top, mean"))
-    draws = tuple(Ensemble.fit(random(select, k, rng), "mean", select) for _ in range(RANDOM_DRAWS))
+    drawn = [random(select, k, rng) for _ in range(RANDOM_DRAWS)]
+    draws = tuple(in_threads(lambda selected: Ensemble.fit(selected, "mean", select), drawn))
     rows.append(Row("control", "random", draws, f"random, mean (mean of {RANDOM_DRAWS} draws)"))
     repeated = repeated_best(select)[:k]
     if repeated:

@@ -23,6 +23,8 @@ FACTORS = 16
 """Probabilities multiplied before a logarithm is taken: 1e-19 to the sixteenth is within float64."""
 BLOCK = 250
 """Examples looked at together, which bounds memory."""
+ROUNDING_OF_LOSS = 1e-12
+"""What a bag's loss may differ by from that of another one with the same weights."""
 ROUNDING = 1e-4
 """More than sums of float32 probabilities can be off."""
 CANDIDATES = 16
@@ -95,7 +97,7 @@ def _forward(
         chosen = int(allowed_A[loss_A.argmin()])
         add(chosen)
         counts[chosen] = counts.get(chosen, 0) + 1
-        if loss_A.min() < best.loss:
+        if loss_A.min() < best.loss - ROUNDING_OF_LOSS:
             best = Bag(dict(counts), float(loss_A.min()))
     return best
 

@@ -6,8 +6,11 @@ Shape suffixes: M candidates, K members, N examples, C classes.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +31,17 @@ from results.schema import (
 from trainables.validation import Probabilities, log_softmax
 
 KEPT_BYTES = 256 * 2**20
-"""Log-probabilities that a pool keeps in memory; the rest is read again."""
+"""Log-probabilities, and likewise logits, that a pool keeps in memory; the rest is computed or read again."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+THREADS = min(4, os.cpu_count() or 1)
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The function of each item, in order; reading, decoding and NumPy's loops do not hold each other up."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        yield from threads.map(function, items)
 
 
 class Logits(Protocol):
@@ -48,25 +61,31 @@ class Kept:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._arrays: OrderedDict[Hashable, FloatArray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, compute: Callable[[], FloatArray]) -> FloatArray:
-        """The array of a key."""
-        if key not in self._arrays:
-            self._arrays[key] = compute()
-            self._bytes += self._arrays[key].nbytes
-        self._arrays.move_to_end(key)
-        while self._bytes > self._most_bytes and len(self._arrays) > 1:
-            _, array = self._arrays.popitem(last=False)
-            self._bytes -= array.nbytes
-        return self._arrays[key]
+        """The array of a key. Two threads that ask for a new one at once both compute it."""
+        with self._lock:
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+                return self._arrays[key]
+        array = compute()
+        with self._lock:
+            self._bytes += array.nbytes - (self._arrays[key].nbytes if key in self._arrays else 0)
+            self._arrays[key] = array
+            while self._bytes > self._most_bytes and self._arrays:
+                _, oldest = self._arrays.popitem(last=False)
+                self._bytes -= oldest.nbytes
+        return array
 
 
 class StoredLogits:
-    """Logits that are read when they are asked for."""
+    """Logits that are read when they are asked for. The latest are kept, up to `most_bytes`."""
 
-    def __init__(self, read: Callable[[int], FloatArray], count: int) -> None:
+    def __init__(self, read: Callable[[int], FloatArray], count: int, *, most_bytes: int = 0) -> None:
         self._read = read
         self._count = count
+        self._kept = Kept(most_bytes)
 
     def __len__(self) -> int:
         """See Logits."""
@@ -74,7 +93,11 @@ class StoredLogits:
 
     def __getitem__(self, candidate: int) -> FloatArray:
         """See Logits."""
-        return self._read(candidate)
+        return self._kept.get(candidate, lambda: self._read(candidate))
+
+    def keep(self, candidate: int, logits_NC: FloatArray) -> None:
+        """Take logits that have been read."""
+        self._kept.get(candidate, lambda: logits_NC)
 
 
 @dataclass(eq=False)
@@ -90,7 +113,7 @@ class Pool:
         temperatures_K = np.ones(len(candidates)) if temperatures_K is None else temperatures_K
         return np.stack([self._tempered(c, float(t)) for c, t in zip(candidates, temperatures_K, strict=True)])
 
-    def _tempered(self, candidate: int, temperature: float) -> Probabilities:
+    def _tempered(self, candidate: int, temperature: float) -> FloatArray:
         def compute() -> FloatArray:
             return log_softmax(self.logits[candidate].astype(np.float32) / np.float32(temperature))
 

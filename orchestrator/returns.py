@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.ensembling import Ensemble, Row
+from orchestrator.metrics import Scored
 from orchestrator.pareto import non_dominated
-from orchestrator.pool import SelectPool
+from orchestrator.pool import SelectPool, in_threads
 from orchestrator.selection import FOLDS, SELECTORS
-from results.schema import ScoreRecord
+from results.schema import IntArray, ScoreRecord
 
 MOST_MEMBERS = 20
 
@@ -22,11 +23,9 @@ MOST_MEMBERS = 20
 def curve(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> list[Row]:
     """Ensembles of 1, 2, ... 20 members (or as many as there are), by the selection that k members were chosen by."""
     most = min(MOST_MEMBERS, len(select))
-    rows = []
-    for selected in SELECTORS[selection].path(select, k, most, rng):
-        fitted = Ensemble.fit(selected, combiner, select)
-        rows.append(Row("curve", selection, (fitted,), f"{selection} of {len(selected.members)}"))
-    return rows
+    path = SELECTORS[selection].path(select, k, most, rng)
+    fitted = in_threads(lambda selected: Ensemble.fit(selected, combiner, select), path)
+    return [Row("curve", selection, (ensemble,), f"{selection} of {len(ensemble.members)}") for ensemble in fitted]
 
 
 def front(scores: Sequence[ScoreRecord]) -> list[bool]:
@@ -54,10 +53,15 @@ def cross_fitted(select: SelectPool, *, k: int, selection: str, combiner: str, r
     chosen: list[set[int]] = []
     correct: list[np.ndarray] = []
     nll: list[np.ndarray] = []
-    for inside, outside in select.folds(FOLDS, rng):
+    folds = list(select.folds(FOLDS, rng))
+
+    def held_out(fold: tuple[tuple[IntArray, IntArray], np.random.Generator]) -> tuple[Ensemble, Scored]:
+        (inside, outside), own_rng = fold
         part = select.on(inside)
-        fitted = Ensemble.fit(SELECTORS[selection].choose(part, k, rng), combiner, part)
-        scored = fitted.score(select.on(outside))
+        fitted = Ensemble.fit(SELECTORS[selection].choose(part, k, own_rng), combiner, part)
+        return fitted, fitted.score(select.on(outside))
+
+    for fitted, scored in in_threads(held_out, zip(folds, rng.spawn(FOLDS), strict=True)):
         chosen.append(set(fitted.members))
         correct.append(scored.correct_N)
         if "nll" in scored.names:

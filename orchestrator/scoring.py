@@ -14,7 +14,7 @@ import numpy.typing as npt
 from orchestrator.candidates import Candidate, Cost, cost_of
 from orchestrator.ensembling import Ensemble, Row
 from orchestrator.metrics import HIGHER_IS_BETTER, METRICS
-from orchestrator.pool import POOLS, Pool
+from orchestrator.pool import POOLS, Pool, in_threads
 from orchestrator.statistics import interval, mcnemar, resampled_means
 from results.schema import FloatArray, ScoreRecord
 
@@ -89,20 +89,21 @@ def score_rows(
 def figures_of(rows: Sequence[Row], pool: Pool, rng: np.random.Generator) -> list[Figures]:
     """Each row's metrics, averaged over its draws; all are resampled with the same examples."""
     draws_rng, floor_rng = rng.spawn(2)
-    scored = [[ensemble.score(pool) for ensemble in row.ensembles] for row in rows]
-    flat = [s for of_row in scored for s in of_row]
+    flat = list(in_threads(lambda ensemble: ensemble.score(pool), (e for row in rows for e in row.ensembles)))
+    left = iter(flat)
+    scored = [[next(left) for _ in row.ensembles] for row in rows]
     columns_NK = np.concatenate([s.columns_NK[:, : len(s.names)] for s in flat], axis=1, dtype=np.float32)
     edges = np.cumsum([len(s.names) for s in flat])[:-1]
     resampled = iter(np.split(resampled_means(columns_NK, draws_rng), edges, axis=1))
     figures = []
-    for of_row in scored:
+    for row, of_row in zip(rows, scored, strict=True):
         values = [s.metrics(s.columns_NK.mean(0)) for s in of_row]
         means_R = [dict(zip(s.names, next(resampled).T, strict=True)) for s in of_row]
         single = len(of_row) == 1
         means: dict[str, float | None] = {metric: float(np.mean([v[metric] for v in values])) for metric in values[0]}
         figures.append(
             Figures(
-                values={**means, **(of_row[0].others(floor_rng) if single else {})},
+                values={**means, **(of_row[0].others(floor_rng) if single and row.kind != "curve" else {})},
                 replicates={name: np.mean([m[name] for m in means_R], axis=0) for name in means_R[0]},
                 correct_N=of_row[0].correct_N if single else None,
             )

@@ -20,6 +20,7 @@ from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, split
 
 MAX_EPOCHS = 9
+NUM_IMAGES = 200
 Curve = Callable[[Assignment, int], EpochResult]
 
 
@@ -102,9 +103,9 @@ def plan(
 
 
 def new_experiment(results_dir: Path, *, name: str = "sim", num_trials: int = 8) -> Experiment:
-    """An experiment on ten grey squares."""
-    images = np.zeros((20, 1, 4, 4), np.uint8)
-    data = split(LabelledImages(images, np.arange(20) % 2, 0, ("a", "b")))
+    """An experiment on grey squares."""
+    images = np.zeros((NUM_IMAGES, 1, 4, 4), np.uint8)
+    data = split(LabelledImages(images, np.arange(NUM_IMAGES) % 2, 0, ("a", "b")))
     info = plan(num_trials=num_trials).info(name=name, data=data, command="simulated")
     return Experiment.create(results_dir, name=name, info=info)
 
@@ -159,11 +160,11 @@ def run_with_predictions(experiment: Experiment, *, num_trials: int) -> None:
 
         def curve(assignment: Assignment, epoch: int) -> EpochResult:
             rng = np.random.default_rng(int(assignment.trial_id[1:]))
-            labels = np.arange(60) % 2
-            parts = [
-                kind((np.eye(2)[labels] + rng.normal(size=(60, 2))).astype(np.float16), labels, np.arange(60))
-                for kind in PREDICTIONS.values()
-            ]
+            parts = []
+            for split_name, kind in PREDICTIONS.items():
+                labels = np.arange(experiment.info["split_sizes"][split_name]) % 2
+                logits = (np.eye(2)[labels] + rng.normal(size=(len(labels), 2))).astype(np.float16)
+                parts.append(kind(logits, labels, np.arange(len(labels))))
             experiment.files(assignment.trial_id).write_predictions({"best": parts})
             return LEARNING(assignment, epoch)
 
