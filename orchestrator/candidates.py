@@ -148,7 +148,7 @@ class Candidates:
 
 
 def choose_experiments(results_dir: str, wanted: Sequence[str], *, include_stopped: bool) -> dict[str, Experiment]:
-    """The named experiments, or the newest with two or more usable trials.
+    """The named experiments, or the newest search with two or more usable trials.
 
     Raises UsageError when there is none, or when splits or classes differ.
     """
@@ -164,7 +164,8 @@ def choose_experiments(results_dir: str, wanted: Sequence[str], *, include_stopp
         )
     for name in reversed(there):
         experiment = Experiment.open(results_dir, name)
-        if len(_usable(experiment, include_stopped=include_stopped)) >= 2:
+        is_search = experiment.info.get("stage", "search") == "search"
+        if is_search and len(_usable(experiment, include_stopped=include_stopped)) >= 2:
             return {name: experiment}
     raise UsageError(
         f"no experiment in {results_dir} has two or more {'' if include_stopped else 'completed '}trials with "

@@ -17,9 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from orchestrator.combination import COMBINERS, Combination
 from results.schema import FloatArray, Scalar, UsageError
-from trainables.backbones import check_backbone
-from trainables.config import FIELD_TYPES, TrainConfig
-from trainables.evaluation import VIEWS
+from trainables.config import FIELD_TYPES, NUM_VIEWS, TrainConfig
 
 FILE_NAME = "ensemble.json"
 NATIVE_SHAPES = {"digits": (8, 1), "cifar10": (32, 3), "cifar100": (32, 3)}
@@ -87,10 +85,9 @@ class Description:
         if not self.members or self.weights.shape not in allowed:
             raise UsageError(f"weights of shape {self.weights.shape} for {len(self.members)} members")
         for member in self.members:
-            check_backbone(member.backbone, image_size=self.image_size)
             member.train_config()  # checks it
-            if member.views not in VIEWS:
-                raise UsageError(f"{member.name} has views {member.views!r}; wanted one of {', '.join(VIEWS)}")
+            if member.views not in NUM_VIEWS:
+                raise UsageError(f"{member.name} has views {member.views!r}; wanted one of {', '.join(NUM_VIEWS)}")
 
     @property
     def combination(self) -> Combination:

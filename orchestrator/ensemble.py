@@ -17,11 +17,13 @@ import numpy as np
 import pandas as pd
 
 from orchestrator import cli
-from orchestrator.candidates import Candidate, Candidates, choose_experiments, find_candidates
+from orchestrator.candidates import Candidates, choose_experiments, find_candidates
 from orchestrator.combination import COMBINERS
+from orchestrator.description import Description
 from orchestrator.diversity import Diversity, diversity
 from orchestrator.ensemble_console import Report, show
 from orchestrator.ensembling import MOST_AT_ONCE, Row, choose, shown_on_test
+from orchestrator.keeping import Chosen, keep
 from orchestrator.metrics import class_accuracies
 from orchestrator.pool import POOLS, EstimatePool, Pool, SelectPool, TestPool
 from orchestrator.returns import cross_fitted, curve, front
@@ -139,9 +141,11 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
         diversity=_diversity(rows[0], select),
         comparisons=num_comparisons([*rows, *curve_rows]),
     )
+    description = describe(report, args)
+    report.lacking.extend(member.name for member in description.members if not member.weights_file)
     experiment.write_ensemble(
         ensemble_id,
-        content=describe(report, args),
+        content=description.to_json(),
         scores=scores,
         classes=classes(report, estimate) + classes(report, test),
     )
@@ -158,20 +162,15 @@ def _diversity(row: Row, select: SelectPool) -> Diversity | None:
     return diversity(select.log_probs(ensemble.members), select.labels_N, ensemble.weights_M)
 
 
-def describe(report: Report, args: argparse.Namespace) -> dict[str, Any]:
-    """What `ensemble.json` says."""
+def describe(report: Report, args: argparse.Namespace) -> Description:
+    """Keep the members' weights; what `ensemble.json` says."""
     (ensemble,) = report.rows[0].ensembles
-    return {
-        "ensemble_id": report.ensemble_id,
-        "members": [
-            _member(candidate, weight=float(weight), temperature=float(temperature))
-            for candidate, weight, temperature in zip(
-                report.members, ensemble.weights_M, ensemble.combination.temperatures_M, strict=True
-            )
-        ],
-        "combiner": ensemble.combination.combiner,
-        "weights": ensemble.combination.weights.tolist(),
-        "temperature": ensemble.combination.temperature,
+    experiments = report.candidates.experiments
+    chosen = [
+        Chosen(experiments[candidate.experiment], candidate.trial_id, candidate.variant, float(weight))
+        for candidate, weight in zip(report.members, ensemble.weights_M, strict=True)
+    ]
+    how: dict[str, Any] = {
         "selection": report.rows[0].selection,
         "top_k": args.top_k,
         "max_cost": args.max_cost,
@@ -185,16 +184,8 @@ def describe(report: Report, args: argparse.Namespace) -> dict[str, Any]:
         "optimism": {metric: report.optimism(metric) for metric in ("accuracy", "nll")},
         "comparisons": report.comparisons,
     }
-
-
-def _member(candidate: Candidate, *, weight: float, temperature: float) -> dict[str, Any]:
-    return {
-        "experiment": candidate.experiment,
-        "trial_id": candidate.trial_id,
-        "variant": candidate.variant,
-        "weight": weight,
-        "temperature": temperature,
-    }
+    folder = report.experiment.ensemble_folder(report.ensemble_id)
+    return keep(folder, chosen, ensemble.combination, ensemble_id=report.ensemble_id, further=how)
 
 
 def classes(report: Report, pool: Pool) -> list[ClassAccuracyRecord]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +35,8 @@ class Report:
     stability: Stability
     diversity: Diversity | None
     comparisons: int
+    lacking: list[str] = field(default_factory=list)
+    """Members whose weights have been removed."""
 
     @property
     def members(self) -> list[Candidate]:
@@ -75,6 +77,13 @@ def show(console: Console, report: Report) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     folder = report.experiment.ensemble_folder(report.ensemble_id)
     console.print(f"stored in {folder}", highlight=False, soft_wrap=True)
+    if report.lacking:
+        console.print(
+            f"{', '.join(report.lacking)}: the weights are no longer there, so that this ensemble cannot predict; "
+            f"choose with --candidates \"checkpoint != ''\", or search with a larger --keep-checkpoints",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def verdicts(report: Report) -> list[str]:

@@ -11,7 +11,7 @@ Shape suffixes: M members, N examples, B batch, C channels or classes, H height,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orchestrator.combination import COMBINERS, Combination, Combined
-from orchestrator.description import FILE_NAME, Description, Member, image_shape, read_description
+from orchestrator.combination import COMBINERS, Combined
+from orchestrator.description import FILE_NAME, Description, Member, read_description
 from orchestrator.pooling import POOLS, pooled_log_probs
-from results.files import link_file
 from results.schema import FloatArray, IntArray, UsageError
-from results.store import Experiment
-from trainables.backbones import BACKBONES
-from trainables.config import TrainConfig
+from trainables.backbones import BACKBONES, check_backbone
 from trainables.evaluation import for_evaluation, predict_batches, viewed_logits
 from trainables.image_files import EncodedImage, decode_squares
 from trainables.model import Classifier
@@ -38,101 +35,8 @@ from trainables.precision import autocast, seeded
 from trainables.resident import evaluation_batch_size, memory_format, shared_tensor
 from trainables.validation import Probabilities, log_softmax
 
-MEMBERS_FOLDER = "members"
 PIXEL_TYPES = ("uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 Images = Sequence[str | Path | bytes] | np.ndarray[Any, Any] | Tensor
-
-
-@dataclass(frozen=True)
-class MemberFiles:
-    """Where the weights of a member lie in its own experiment: `experiment.files(trial_id).weights(variant)`."""
-
-    experiment: str
-    trial_id: str
-    variant: str
-    source: Path
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A variant of a trial that was chosen as a member, by the weight that is shown of it."""
-
-    experiment: Experiment
-    trial_id: str
-    variant: str
-    weight: float
-
-    @property
-    def config(self) -> TrainConfig:
-        """What it was trained with."""
-        return TrainConfig(**self.experiment.history.trials[self.trial_id].started.config)  # type: ignore[arg-type]
-
-    @property
-    def files(self) -> MemberFiles:
-        """Where its weights lie."""
-        source = self.experiment.files(self.trial_id).weights(self.variant)
-        return MemberFiles(self.experiment.name, self.trial_id, self.variant, source)
-
-    def member(self, *, temperature: float, weights_file: str) -> Member:
-        """What `ensemble.json` says of it."""
-        return Member(
-            experiment=self.experiment.name,
-            trial_id=self.trial_id,
-            variant=self.variant,
-            backbone=self.config.backbone,
-            weight=self.weight,
-            temperature=temperature,
-            weights_file=weights_file,
-            views=self.config.test_time_augmentation if self.variant == "tta" else "none",
-            config=self.config.to_dict(),
-        )
-
-
-def keep(
-    folder: Path, chosen: Sequence[Chosen], combination: Combination, *, ensemble_id: str, further: Mapping[str, Any]
-) -> Description:
-    """Keep the weights of what was chosen in an ensemble's folder; what its `ensemble.json` is to say.
-
-    `further`: how it was chosen. Raises UsageError where an experiment of an earlier version does not tell how large
-    its images are.
-    """
-    info, files = chosen[0].experiment.info, [one.files for one in chosen]
-    image_size, channels = image_shape(info, chosen[0].config, files[0].source)
-    temperatures = combination.temperatures_M.tolist()
-    return Description(
-        ensemble_id=ensemble_id,
-        dataset=info["dataset"],
-        class_names=tuple(info["class_names"]),
-        image_size=image_size,
-        channels=channels,
-        split_hash=info["split_hash"],
-        combiner=combination.combiner,
-        weights=combination.weights,
-        temperature=combination.temperature,
-        members=tuple(
-            one.member(temperature=temperature, weights_file=file)
-            for one, temperature, file in zip(chosen, temperatures, keep_members(folder, files), strict=True)
-        ),
-        further=further,
-    )
-
-
-def keep_members(folder: Path, members: Sequence[MemberFiles]) -> list[str]:
-    """Keep members' weights in an ensemble's folder, whatever becomes of their trials; the paths inside the folder.
-
-    They take no room of their own where the file system has hard links. A path is empty where there are no weights any
-    more. Each file is there whole or not at all.
-    """
-    return [_kept(folder, member) for member in members]
-
-
-def _kept(folder: Path, member: MemberFiles) -> str:
-    name = f"{MEMBERS_FOLDER}/{member.experiment}.{member.trial_id}.{member.variant}.safetensors"
-    try:
-        link_file(member.source, folder / name)
-    except FileNotFoundError:
-        return ""
-    return name
 
 
 def digest(folder: Path) -> str:
@@ -152,6 +56,8 @@ def load_ensemble(path: str | Path, *, device: str = "cpu") -> Ensemble:
     folder = Path(path)
     folder = folder.parent if folder.name == FILE_NAME else folder
     description = read_description(folder)
+    for member in description.members:
+        check_backbone(member.backbone, image_size=description.image_size)
     _check_kept(folder, description)
     networks = tuple(_network(folder, description, member, device=device) for member in description.members)
     return Ensemble(description, networks, torch.device(device).type)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from orchestrator import cli
 from orchestrator.console import duration, size
-from orchestrator.metrics import METRICS, score
+from orchestrator.metrics import MEANS, score
 from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from trainables.config import TrainConfig
@@ -81,11 +81,9 @@ def print_results(console: Console, experiment: Experiment) -> int:
     why = f" ({row['stop_reason']})" if row["stop_reason"] else ""
     console.print(f"{row['status']} after {epochs}{why}", highlight=False)
     if row["predictions"]:
-        variants = ["best"]
-        if trial.started.config.get("test_time_augmentation", "none") != "none":
-            variants.append("tta")
+        variants = list(experiment.stored_counts(trial.trial_id))
         table = Table(box=None)
-        for heading in ("split", "variant", "images", *METRICS):
+        for heading in ("split", "variant", "images", *MEANS):
             table.add_column(heading, justify="left" if heading in {"split", "variant"} else "right")
         for split, of in PREDICTIONS.items():
             for variant in variants:
@@ -93,7 +91,7 @@ def print_results(console: Console, experiment: Experiment) -> int:
                 if len(found.labels_N):
                     scored = score(found.logits_NC, found.labels_N, log_probs_NC=log_softmax(found.logits_NC))
                     figures = scored.metrics(scored.columns_NK.mean(0))
-                    shown = [f"{figures[name]:.4f}" for name in METRICS]
+                    shown = [f"{figures[name]:.4f}" for name in MEANS]
                     table.add_row(split, variant, f"{len(found.labels_N):,}", *shown)
         console.print(table)
     if row["regularization_verdict"]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from orchestrator.combination import COMBINERS, Combination
 from orchestrator.driver import make_ledger
+from orchestrator.keeping import Chosen, keep
 from orchestrator.plan import SearchPlan
-from orchestrator.serving import Chosen, keep
 from results.events import EnsembleMade
 from results.schema import PREDICTIONS, Predictions, ScoreRecord, SelectPredictions, Split, arrow_schema
 from results.store import Experiment

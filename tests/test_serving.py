@@ -16,8 +16,9 @@ from PIL import Image
 
 from orchestrator.combination import COMBINERS, Combination
 from orchestrator.description import image_shape, read_description
+from orchestrator.keeping import MemberFiles, keep_members
 from orchestrator.pooling import POOLS, pooled_log_probs
-from orchestrator.serving import MemberFiles, digest, keep_members, load_ensemble
+from orchestrator.serving import digest, load_ensemble
 from results import files
 from results.schema import EstimatePredictions, TestPredictions, UsageError
 from results.store import Experiment
