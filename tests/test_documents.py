@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import ensemble
-from results.schema import DistillationRecord, EpochRecord, ScoreRecord, TrialRecord, arrow_schema, predictions_schema
+from results.schema import ClassAccuracyRecord, DistillationRecord, EpochRecord, ScoreRecord, TrialRecord, arrow_schema, predictions_schema
 from tests.conftest import ROOT, command_environment
 from tests.simulation import new_experiment, run_with_predictions
 
@@ -47,6 +47,7 @@ def test_every_snippet_of_the_results_readme_runs(code: str, folder_with_results
         ("trials", arrow_schema(TrialRecord).names),
         ("epochs", arrow_schema(EpochRecord).names),
         ("scores", arrow_schema(ScoreRecord).names),
+        ("classes", arrow_schema(ClassAccuracyRecord).names),
         ("distillation", arrow_schema(DistillationRecord).names),
         ("predictions", predictions_schema(2).names),
     ],
