@@ -99,18 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=200)
     parser.add_argument("--examples", type=int, default=5_000)
+    parser.add_argument("--held-out", type=int, help="of estimate and test (default: as many)")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--no-loop", action="store_true", help="leave the plain loop out: it needs memory for all")
     parser.add_argument("--selection", nargs="+", default=["diverse", "greedy"])
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    labels: dict[Split, IntArray] = {split: rng.integers(0, args.classes, args.examples) for split in SPLITS}
-    common = {split: rng.standard_normal((args.examples, args.classes), dtype=np.float32) for split in SPLITS}
+    sizes = {split: args.examples if split == "select" else args.held_out or args.examples for split in SPLITS}
+    labels: dict[Split, IntArray] = {split: rng.integers(0, args.classes, sizes[split]) for split in SPLITS}
+    common = {split: rng.standard_normal((sizes[split], args.classes), dtype=np.float32) for split in SPLITS}
 
     def logits(model: int, split: Split) -> FloatArray:
         own = np.random.default_rng([model, SPLITS.index(split)])
         logits_NC = 2 * common[split] + 1.5 * own.standard_normal(common[split].shape, dtype=np.float32)
-        logits_NC[np.arange(args.examples), labels[split]] += np.random.default_rng(model).uniform(2, 4)
+        logits_NC[np.arange(sizes[split]), labels[split]] += np.random.default_rng(model).uniform(2, 4)
         return np.asarray(logits_NC.astype(np.float16))
 
     def variants(model: int) -> Variants:

@@ -113,8 +113,11 @@ def _caveats(report: Report) -> list[str]:
     accuracy, nll = report.optimism("accuracy"), report.optimism("nll")
     nll_text = "" if nll is None else f", NLL by {nll:+.4f}"
     stability = report.stability
+    repeated = any(row.selection == "seeds" for row in report.rows)
+    no_seeds = "no control of other seeds: no configuration was trained twice (search with --finalists 1 --seeds 4)"
     cross = "" if stability.nll is None else f", NLL {stability.nll:.4f}"
     return [
+        *([] if repeated else [no_seeds]),
         f"optimism: select showed accuracy better by {accuracy:+.4f}{nll_text} than estimate does",
         f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
         f"{cross}; two such choices share {stability.overlap:.0%} of their members",
@@ -161,25 +164,25 @@ def _name(member: Candidate, candidates: Candidates) -> str:
 
 def _score_table(report: Report, split: str, title: str, rows: Sequence[Row]) -> Table:
     examples = report.score(rows[0], split, "accuracy").num_examples
-    table = Table(title=f"{title} ({examples:,} images)", title_justify="left", box=None)
+    table = Table(title=f"{title} ({examples:,} images; gains with 95% intervals)", title_justify="left", box=None)
     table.add_column("")
-    headings = ("k", "accuracy", "gain over best single (95%)", "p", "NLL", "gain (95%)", "ECE", "(floor)")
-    for heading in (*headings, "trained", "multiply-adds", "images/s"):
+    headings = ("k", "accuracy", "gain over best single", "NLL", "gain", "ECE (floor)", "trained", "mult-adds")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         of = {metric: report.score(row, split, metric) for metric in ("accuracy", "nll", "ece", "ece_floor")}
-        accuracy = of["accuracy"]
+        floor = of["ece_floor"].value
+        trained, adds, _ = _costs(of["accuracy"])
         table.add_row(
             row.label + (" *" if row.chosen else ""),
-            str(accuracy.k),
-            _figure(accuracy.value),
-            "" if row.baseline else _gain_of(accuracy),
-            "" if row.baseline or accuracy.p_value is None else f"{accuracy.p_value:.2g}",
+            str(of["accuracy"].k),
+            _figure(of["accuracy"].value),
+            "" if row.baseline else _gain_of(of["accuracy"]),
             _figure(of["nll"].value),
             "" if row.baseline else _gain_of(of["nll"]),
-            _figure(of["ece"].value),
-            "" if of["ece_floor"].value is None else f"{of['ece_floor'].value:.4f}",
-            *_costs(accuracy),
+            _figure(of["ece"].value) + ("" if floor is None else f" ({floor:.4f})"),
+            trained,
+            adds,
         )
     return table
 
@@ -195,14 +198,18 @@ def _costs(score: ScoreRecord) -> tuple[str, str, str]:
         else f"{seconds / 3600:.0f} h"
     )
     speed = "-" if score.images_per_second is None else f"{score.images_per_second:,.0f}"
-    return trained, f"{score.multiply_adds / 1e6:,.1f} M", speed
+    return trained, _amount(score.multiply_adds), speed
+
+
+def _amount(multiply_adds: int) -> str:
+    return f"{multiply_adds / 1e6:,.1f} M" if multiply_adds >= 1e5 else f"{multiply_adds:,}"
 
 
 def _curve_table(report: Report) -> Table:
     title = "more members, on estimate (+ on select's front of accuracy and cost)"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("k", justify="right")
-    for heading in ("accuracy (95%)", "NLL (95%)", "multiply-adds", "images/s", ""):
+    for heading in ("accuracy (95%)", "NLL (95%)", "mult-adds", "images/s", ""):
         table.add_column(heading, justify="right")
     for row, on_front in zip(report.curve, report.on_front, strict=True):
         accuracy, nll = (report.score(row, "estimate", metric) for metric in ("accuracy", "nll"))

@@ -143,7 +143,7 @@ def choose(
     rows.append(Row("control", "top", (Ensemble.fit(top(select, k, rng), "mean", select),), "top, mean"))
     drawn = [random(select, k, rng) for _ in range(RANDOM_DRAWS)]
     draws = tuple(in_threads(lambda selected: Ensemble.fit(selected, "mean", select), drawn))
-    rows.append(Row("control", "random", draws, f"random, mean (mean of {RANDOM_DRAWS} draws)"))
+    rows.append(Row("control", "random", draws, f"random, mean ({RANDOM_DRAWS} draws)"))
     repeated = repeated_best(select)[:k]
     if repeated:
         rows.append(Row("control", "seeds", (Ensemble.fit(uniform(repeated), "mean", select),), "seeds, mean"))

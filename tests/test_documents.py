@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator import ensemble
-from results.schema import ClassAccuracyRecord, DistillationRecord, EpochRecord, ScoreRecord, TrialRecord, arrow_schema, predictions_schema
+from results.schema import (
+    ClassAccuracyRecord,
+    DistillationRecord,
+    EpochRecord,
+    ScoreRecord,
+    TrialRecord,
+    arrow_schema,
+    predictions_schema,
+)
 from tests.conftest import ROOT, command_environment
 from tests.simulation import new_experiment, run_with_predictions
 

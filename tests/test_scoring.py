@@ -215,7 +215,7 @@ def test_every_table_has_the_chosen_every_combiner_and_the_controls(selection: s
     assert (rows[0].kind, rows[0].chosen, rows[0].combiner) == ("ensemble", True, combiner)
     assert {row.combiner for row in rows if row.kind == "ensemble"} == set(COMBINERS)
     assert sum(row.chosen for row in rows) == sum(row.baseline for row in rows) == 1
-    controls = ["best single model", "top, mean", "random, mean (mean of 20 draws)", "seeds, mean"]
+    controls = ["best single model", "top, mean", "random, mean (20 draws)", "seeds, mean"]
     assert [row.label for row in rows if row.kind != "ensemble"] == controls
     assert [row.label for row in shown_on_test(rows)][1:] == controls
     records = scored(shown_on_test(rows), TestPool(*invented(2)))
