@@ -1,19 +1,26 @@
-"""Intervals by paired resampling of examples, every system with the same draws, and an exact test of accuracies.
+"""95% intervals of means over examples, and of paired differences of means; an exact test of accuracies.
 
+Of figures that are no such means: intervals by paired resampling, every column with the same draws. How often the
+intervals cover: `benchmarks/interval_coverage.py`.
 Shape suffixes: R resamples, N examples, K columns.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm, t
 
 from results.schema import FloatArray
 
 RESAMPLES = 2000
 CHUNK = 200
 INTERVAL = (2.5, 97.5)
+Z = float(norm.ppf(0.975))
+LEAST_SKEWNESS = 1e-6
+"""Below it a mean's distribution counts as symmetric."""
 
 
 def resampled_means(columns_NK: FloatArray, rng: np.random.Generator) -> FloatArray:
@@ -31,6 +38,59 @@ def interval(values_R: FloatArray) -> tuple[float, float]:
     """The 95% percentile interval."""
     low, high = np.percentile(values_R, INTERVAL)
     return float(low), float(high)
+
+
+def fraction_interval(values_N: FloatArray) -> tuple[float, float]:
+    """Of the mean of zeros and ones (Wilson 1927); it has a width where all are equal, as resampling has not.
+
+    Of fractions in between, as means over draws are, it is too wide rather than too narrow: they vary less.
+    """
+    count, mean = len(values_N), float(values_N.mean())
+    centre = mean + Z**2 / (2 * count)
+    reach = Z * math.sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2))
+    shrinkage = 1 + Z**2 / count
+    return max(0.0, (centre - reach) / shrinkage), min(1.0, (centre + reach) / shrinkage)
+
+
+def fraction_gain_interval(gains_N: FloatArray) -> tuple[float, float]:
+    """Of the mean of paired differences between zeros and ones (Agresti & Min 2005).
+
+    Two examples are added, half a one to each way in which two systems can be right or wrong together: the interval
+    has a width where the systems never differ. Differences of fractions in between are allowed.
+    """
+    count = len(gains_N) + 2
+    mean = float(gains_N.sum()) / count
+    reach = Z * math.sqrt((float((gains_N**2).sum()) + 1) / count - mean**2) / math.sqrt(count)
+    return max(-1.0, mean - reach), min(1.0, mean + reach)
+
+
+def loss_interval(losses_N: FloatArray) -> tuple[float, float]:
+    """Of the mean of losses, none of them negative, most of them small and few of them large.
+
+    Student's statistic, with its skewness removed by a monotone cubic transformation (Hall 1992, "On the removal of
+    skewness by transformation"): it reaches further up than down. No interval foresees large losses of which the
+    examples hold none: where fewer than about five are wrong it covers less often than 95%.
+    """
+    count, mean, deviation = len(losses_N), float(losses_N.mean()), float(losses_N.std())
+    if deviation == 0:
+        return mean, mean
+    skewness = float(((losses_N - mean) ** 3).mean()) / deviation**3
+    low, high = (mean - deviation * _unskewed(z / math.sqrt(count), skewness, count) for z in (Z, -Z))
+    return max(0.0, low), high
+
+
+def _unskewed(quantile: float, skewness: float, count: int) -> float:
+    """What Student's statistic, over the root of the count, is where its transformation is `quantile`, likewise."""
+    if abs(skewness) < LEAST_SKEWNESS:
+        return quantile
+    return 3 / skewness * (math.cbrt(1 + skewness * (quantile - skewness / (6 * count))) - 1)
+
+
+def difference_interval(differences_N: FloatArray) -> tuple[float, float]:
+    """Of the mean of paired differences of losses, whose skewness mostly cancels (Student 1908)."""
+    count, mean = len(differences_N), float(differences_N.mean())
+    reach = float(t.ppf(0.975, count - 1)) * float(differences_N.std(ddof=1)) / math.sqrt(count)
+    return mean - reach, mean + reach
 
 
 def mcnemar(correct_N: npt.NDArray[np.bool_], other_N: npt.NDArray[np.bool_]) -> float:
