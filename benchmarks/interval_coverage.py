@@ -81,13 +81,14 @@ def invent(rng: np.random.Generator, *, mislabelled: float) -> Population:
 
 @dataclass(frozen=True)
 class Setting:
-    """Of one simulation. `estimate`, `select`: how many examples each has."""
+    """Of one simulation. `estimate`, `select`: how many examples each has. `draws`: of estimate, for each choice."""
 
     estimate: int
     select: int
     selection: str = "diverse"
     combiner: str = "mean"
     mislabelled: float = 0.02
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def outcomes(population: Population, setting: Setting, seeds: tuple[int, int, in
     rng = np.random.default_rng(seeds)
     select, models = search(population, setting.select, rng)
     rows = chosen_and_single(select, setting, rng)
-    estimate = estimated(population, models, setting.estimate, rng)
+    estimates = [estimated(population, models, setting.estimate, rng) for _ in range(setting.draws)]
     whole = EstimatePool(population.logits(models, slice(None)), population.labels_P)
     truth = true_figures(rows, whole)
-    for pool in (select, estimate):
+    for pool in (select, *estimates):
         for quantity, value, low, high in measured(rows, pool, rng):
             where = (seeds[1], seeds[2], "select" if pool is select else "estimate", len(pool.labels_N))
             yield Outcome(*where, quantity, truth[quantity], value, low, high)
@@ -198,13 +199,14 @@ SIMULATED = Candidate(
 
 
 def simulate(setting: Setting, *, pools: int, seed: int, per_population: int = POOLS_PER_POPULATION) -> pd.DataFrame:
-    """A row for every pool, split and quantity."""
+    """A row for every pool, split and quantity. Pools count from 1: NumPy takes the seeds (0, 0) and (0, 0, 0) for the
+    same."""
     found: list[Outcome] = []
     for pool in range(pools):
         number = pool // per_population
         if pool % per_population == 0:
             population = invent(np.random.default_rng([seed, number]), mislabelled=setting.mislabelled)
-        found += outcomes(population, setting, (seed, number, pool))
+        found += outcomes(population, setting, (seed, number, pool + 1))
     return pd.DataFrame([asdict(outcome) for outcome in found])
 
 

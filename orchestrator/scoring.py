@@ -16,6 +16,7 @@ from orchestrator.ensembling import Ensemble, Row
 from orchestrator.metrics import HIGHER_IS_BETTER, METRICS
 from orchestrator.pool import POOLS, Pool, in_threads
 from orchestrator.statistics import (
+    bounded_loss_interval,
     difference_interval,
     fraction_gain_interval,
     fraction_interval,
@@ -29,7 +30,7 @@ INTERVALS: dict[str, tuple[IntervalOf, IntervalOf]] = {
     "accuracy": (fraction_interval, fraction_gain_interval),
     "top5_accuracy": (fraction_interval, fraction_gain_interval),
     "nll": (loss_interval, difference_interval),
-    "brier": (loss_interval, difference_interval),
+    "brier": (bounded_loss_interval, difference_interval),
 }
 """Of a metric that is a mean over examples: the interval of its value, and of a paired gain."""
 
