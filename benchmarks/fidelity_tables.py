@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from resampling import interval, resampled_means
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.statistics import interval, resampled_means
 from results.schema import FloatArray
 
 REFERENCE = "asha"

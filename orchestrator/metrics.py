@@ -16,7 +16,7 @@ from results.schema import FloatArray, IntArray
 from trainables.validation import ECE_BINS, Probabilities, calibration_gaps
 
 MEANS = ("accuracy", "top5_accuracy", "nll", "brier", "ece")
-"""Metrics that follow from means of columns, and so can be resampled."""
+"""Metrics that follow from means of columns."""
 OTHERS = ("ece_floor", "ece_equal_mass", "ece_equal_mass_floor", "auroc")
 METRICS = (*MEANS, *OTHERS)
 HIGHER_IS_BETTER = {"accuracy": True, "top5_accuracy": True, "nll": False, "brier": False, "ece": False, "auroc": True}

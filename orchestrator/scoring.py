@@ -1,11 +1,11 @@
 """Score what was chosen on a split: every metric of every row, its interval, and paired comparisons.
 
-Shape suffixes: N examples, K columns, R resamples.
+Shape suffixes: N examples, K columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +15,35 @@ from orchestrator.candidates import Candidate, Cost, cost_of
 from orchestrator.ensembling import Ensemble, Row
 from orchestrator.metrics import HIGHER_IS_BETTER, METRICS
 from orchestrator.pool import POOLS, Pool, in_threads
-from orchestrator.statistics import interval, mcnemar, resampled_means
+from orchestrator.statistics import (
+    bounded_loss_interval,
+    difference_interval,
+    fraction_gain_interval,
+    fraction_interval,
+    loss_interval,
+    mcnemar,
+)
 from results.schema import FloatArray, ScoreRecord
+
+IntervalOf = Callable[[FloatArray], tuple[float, float]]
+INTERVALS: dict[str, tuple[IntervalOf, IntervalOf]] = {
+    "accuracy": (fraction_interval, fraction_gain_interval),
+    "top5_accuracy": (fraction_interval, fraction_gain_interval),
+    "nll": (loss_interval, difference_interval),
+    "brier": (bounded_loss_interval, difference_interval),
+}
+"""Of a metric that is a mean over examples: the interval of its value, and of a paired gain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """A row's metrics on a split; `replicates` of those that are resampled. `correct_N`: None for a mean over draws."""
+    """A row's metrics on a split; `examples`: [N] contributions to those that are means over examples.
+
+    `correct_N`: None for a mean over draws.
+    """
 
     values: dict[str, float | None]
-    replicates: dict[str, FloatArray]
+    examples: dict[str, FloatArray]
     correct_N: npt.NDArray[np.bool_] | None
 
 
@@ -87,25 +106,20 @@ def score_rows(
 
 
 def figures_of(rows: Sequence[Row], pool: Pool, rng: np.random.Generator) -> list[Figures]:
-    """Each row's metrics, averaged over its draws; all are resampled with the same examples."""
-    draws_rng, floor_rng = rng.spawn(2)
-    flat = list(in_threads(lambda ensemble: ensemble.score(pool), (e for row in rows for e in row.ensembles)))
-    left = iter(flat)
-    scored = [[next(left) for _ in row.ensembles] for row in rows]
-    columns_NK = np.concatenate([s.columns_NK[:, : len(s.names)] for s in flat], axis=1, dtype=np.float32)
-    edges = np.cumsum([len(s.names) for s in flat])[:-1]
-    resampled = iter(np.split(resampled_means(columns_NK, draws_rng), edges, axis=1))
+    """Each row's metrics, averaged over its draws."""
+    flat = in_threads(lambda ensemble: ensemble.score(pool), (e for row in rows for e in row.ensembles))
     figures = []
-    for row, of_row in zip(rows, scored, strict=True):
-        values = [s.metrics(s.columns_NK.mean(0)) for s in of_row]
-        means_R = [dict(zip(s.names, next(resampled).T, strict=True)) for s in of_row]
-        single = len(of_row) == 1
+    for row in rows:
+        scored = [next(flat) for _ in row.ensembles]
+        values = [s.metrics(s.columns_NK.mean(0)) for s in scored]
         means: dict[str, float | None] = {metric: float(np.mean([v[metric] for v in values])) for metric in values[0]}
+        others = scored[0].others(rng) if len(scored) == 1 and row.kind != "curve" else {}
+        columns_NK = np.mean([s.columns_NK[:, : len(s.names)] for s in scored], axis=0)
         figures.append(
             Figures(
-                values={**means, **(of_row[0].others(floor_rng) if single and row.kind != "curve" else {})},
-                replicates={name: np.mean([m[name] for m in means_R], axis=0) for name in means_R[0]},
-                correct_N=of_row[0].correct_N if single else None,
+                values={**means, **others},
+                examples=dict(zip(scored[0].names, columns_NK.T, strict=True)),
+                correct_N=scored[0].correct_N if len(scored) == 1 else None,
             )
         )
     return figures
@@ -117,13 +131,17 @@ def gain(metric: str, figures: Figures, over: Figures) -> Gain:
     if metric not in HIGHER_IS_BETTER or value is None or other is None:
         return Gain()
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
-    if metric not in figures.replicates:
+    if metric not in figures.examples:
         return Gain(sign * (value - other))
-    return Gain(sign * (value - other), *interval(sign * (figures.replicates[metric] - over.replicates[metric])))
+    _, interval = INTERVALS[metric]
+    return Gain(sign * (value - other), *interval(sign * (figures.examples[metric] - over.examples[metric])))
 
 
 def _interval(metric: str, figures: Figures) -> tuple[float | None, float | None]:
-    return interval(figures.replicates[metric]) if metric in figures.replicates else (None, None)
+    if metric not in figures.examples:
+        return None, None
+    interval, _ = INTERVALS[metric]
+    return interval(figures.examples[metric])
 
 
 def p_value(figures: Figures, other: Figures) -> float | None:
