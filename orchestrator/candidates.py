@@ -43,6 +43,11 @@ class Candidate:
     images_per_second: float | None
 
     @property
+    def weights(self) -> tuple[str, str, str]:
+        """What names its weights: test-time augmentation looks at more views with the same ones."""
+        return self.experiment, self.trial_id, "best" if self.variant == "tta" else self.variant
+
+    @property
     def name(self) -> str:
         """What tables call it."""
         return self.trial_id if self.variant == "best" else f"{self.trial_id}/{self.variant}"
@@ -89,6 +94,7 @@ class Candidates:
             first.labels_N,
             summaries=list(summaries.values()),
             trials_M=_numbered((c.experiment, c.trial_id) for c in kept.rows),
+            weights_M=_numbered(c.weights for c in kept.rows),
             configurations_M=_numbered(c.configuration for c in kept.rows),
             costs_M=np.array([c.multiply_adds for c in kept.rows], dtype=np.float64),
         )
@@ -314,7 +320,7 @@ class Cost:
 def cost_of(members: Sequence[Candidate]) -> Cost:
     """What some models cost together."""
     trained = {(c.experiment, c.trial_id): c for c in members}.values()
-    stored = {(c.experiment, c.trial_id, "best" if c.variant == "tta" else c.variant): c for c in members}.values()
+    stored = {c.weights: c for c in members}.values()
     seconds_an_image = [1 / c.images_per_second if c.images_per_second else np.inf for c in members]
     return Cost(
         train_seconds=sum(c.train_seconds for c in trained),

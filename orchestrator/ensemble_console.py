@@ -111,14 +111,14 @@ def _verdict(report: Report, row: Row) -> str:
 def _caveats(report: Report) -> list[str]:
     """How much better select made it look, how stable the choice is, and how many intervals were shown."""
     accuracy, nll = report.optimism("accuracy"), report.optimism("nll")
-    nll_text = "" if nll is None else f", NLL by {nll:+.4f}"
+    nll_text = "" if nll is None else f", NLL {nll:+.4f} nats better"
     stability = report.stability
     repeated = any(row.selection == "seeds" for row in report.rows)
     no_seeds = "no control of other seeds: no configuration was trained twice (search with --finalists 1 --seeds 4)"
     cross = "" if stability.nll is None else f", NLL {stability.nll:.4f}"
     return [
         *([] if repeated else [no_seeds]),
-        f"optimism: select showed accuracy better by {accuracy:+.4f}{nll_text} than estimate does",
+        f"optimism, select's figures less estimate's (above zero: it flattered): accuracy {accuracy:+.4f}{nll_text}",
         f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
         f"{cross}; two such choices share {stability.overlap:.0%} of their members",
         f"{report.comparisons} gains with 95% intervals were computed on estimate; were there none, about "
@@ -206,7 +206,10 @@ def _amount(multiply_adds: int) -> str:
 
 
 def _curve_table(report: Report) -> Table:
-    title = "more members, on estimate (+ on select's front of accuracy and cost)"
+    nll_of = {row.label: report.score(row, "select", "nll").value for row in report.curve}
+    known = {label: value for label, value in nll_of.items() if value is not None}
+    best = min(known, key=lambda label: known[label], default="")
+    title = "more members, on estimate (on select: + the front of accuracy and cost, < the lowest NLL)"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("k", justify="right")
     for heading in ("accuracy (95%)", "NLL (95%)", "mult-adds", "images/s", ""):
@@ -214,7 +217,14 @@ def _curve_table(report: Report) -> Table:
     for row, on_front in zip(report.curve, report.on_front, strict=True):
         accuracy, nll = (report.score(row, "estimate", metric) for metric in ("accuracy", "nll"))
         _, adds, speed = _costs(accuracy)
-        cells = [str(accuracy.k), _with_interval(accuracy), _with_interval(nll), adds, speed, "+" if on_front else ""]
+        cells = [
+            str(accuracy.k),
+            _with_interval(accuracy),
+            _with_interval(nll),
+            adds,
+            speed,
+            ("+" if on_front else " ") + ("<" if row.label == best else " "),
+        ]
         table.add_row(*cells)
     return table
 

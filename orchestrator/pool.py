@@ -144,13 +144,15 @@ def summarize(logits_NC: FloatArray, labels_N: IntArray) -> Summary:
 class SelectPool(Pool):
     """What may be chosen on.
 
-    `trials_M`: a number for each candidate, the same for variants of one trial. `configurations_M`: likewise for
-    trainings of one configuration. `costs_M`: multiply-adds of predicting one image.
+    `trials_M`: a number for each candidate, the same for variants of one trial. `weights_M`: likewise for views of the
+    same weights (with and without test-time augmentation). `configurations_M`: for trainings of one configuration.
+    `costs_M`: multiply-adds of predicting one image.
     """
 
     label_probs_MN: Probabilities
     top_MN: npt.NDArray[np.int32]
     trials_M: IntArray
+    weights_M: IntArray
     configurations_M: IntArray
     costs_M: FloatArray
     _temperatures: dict[int, float] = field(default_factory=dict, kw_only=True, repr=False)
@@ -163,6 +165,7 @@ class SelectPool(Pool):
         *,
         summaries: Sequence[Summary] = (),
         trials_M: IntArray | None = None,
+        weights_M: IntArray | None = None,
         configurations_M: IntArray | None = None,
         costs_M: FloatArray | None = None,
     ) -> SelectPool:
@@ -175,6 +178,7 @@ class SelectPool(Pool):
             label_probs_MN=np.stack([s.label_probs_N for s in summaries]),
             top_MN=np.stack([s.top_N for s in summaries]),
             trials_M=np.arange(count) if trials_M is None else trials_M,
+            weights_M=np.arange(count) if weights_M is None else weights_M,
             configurations_M=np.arange(count) if configurations_M is None else configurations_M,
             costs_M=np.ones(count) if costs_M is None else costs_M,
         )
@@ -202,6 +206,7 @@ class SelectPool(Pool):
             label_probs_MN=self.label_probs_MN[:, examples],
             top_MN=self.top_MN[:, examples],
             trials_M=self.trials_M,
+            weights_M=self.weights_M,
             configurations_M=self.configurations_M,
             costs_M=self.costs_M,
         )
@@ -214,6 +219,7 @@ class SelectPool(Pool):
             label_probs_MN=self.label_probs_MN[candidates],
             top_MN=self.top_MN[candidates],
             trials_M=self.trials_M[candidates],
+            weights_M=self.weights_M[candidates],
             configurations_M=self.configurations_M[candidates],
             costs_M=self.costs_M[candidates],
         )

@@ -42,28 +42,50 @@ class Selection:
         weights_M = self.weights_M[:count]
         return Selection(self.members[:count], weights_M / weights_M.sum())
 
+    def renamed(self, candidates: IntArray) -> Selection:
+        """The same members, whose indices are places in `candidates`."""
+        return replace(self, members=tuple(int(candidates[member]) for member in self.members))
 
-Choose = Callable[[SelectPool, int, np.random.Generator], Selection]
+
+Select = Callable[[SelectPool, int, np.random.Generator], Selection]
 
 
 @dataclass(frozen=True)
 class Selector:
-    """`choose(pool, k, rng)` gives at most k members.
+    """How members are chosen; of views of the same weights the one with the lowest NLL stands for all.
 
-    `nested`: more members are the same ones and further ones. `follow`: what, given that k, is done for every other.
+    `select(pool, k, rng)` gives at most k members. `nested`: more members are the same ones and further ones. `settle`:
+    what, given that k, is done for every other number of members.
     """
 
-    choose: Choose
+    select: Select
     nested: bool = False
-    settle: Callable[[SelectPool, int, np.random.Generator], Choose] | None = None
+    settle: Callable[[SelectPool, int, np.random.Generator], Select] | None = None
+
+    def choose(self, pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
+        """At most k members."""
+        views = best_views(pool)
+        return self.select(pool.among(views), k, rng).renamed(views)
 
     def path(self, pool: SelectPool, k: int, most: int, rng: np.random.Generator) -> list[Selection]:
         """Selections of 1, 2, ... `most` members, by what `choose` settles on for k."""
-        choose = self.choose if self.settle is None else self.settle(pool, k, rng)
+        views = best_views(pool)
+        pool = pool.among(views)
+        select = self.select if self.settle is None else self.settle(pool, k, rng)
+        most = min(most, len(pool))
         if self.nested:
-            longest = choose(pool, most, rng)
-            return [longest.first(count) for count in range(1, min(most, len(longest.members)) + 1)]
-        return [choose(pool, count, rng) for count in range(1, most + 1)]
+            longest = select(pool, most, rng)
+            found = [longest.first(count) for count in range(1, min(most, len(longest.members)) + 1)]
+        else:
+            found = [select(pool, count, rng) for count in range(1, most + 1)]
+        return [selection.renamed(views) for selection in found]
+
+
+def best_views(pool: SelectPool) -> IntArray:
+    """For each network the candidate with the lowest NLL: itself, or with test-time augmentation."""
+    order_M = nll_of_each(pool).argsort(kind="stable")
+    _, first = np.unique(pool.weights_M[order_M], return_index=True)
+    return np.sort(order_M[first])
 
 
 def uniform(members: Sequence[int]) -> Selection:
@@ -224,7 +246,7 @@ def best_bonus(pool: SelectPool, k: int, rng: np.random.Generator) -> float:
     return BONUSES[int(held_out_B.argmin())]
 
 
-def settled_diverse(pool: SelectPool, k: int, rng: np.random.Generator) -> Choose:
+def settled_diverse(pool: SelectPool, k: int, rng: np.random.Generator) -> Select:
     """`diverse` for any number of members, with the bonus that is best for k."""
     bonus = best_bonus(pool, k, rng)
     return lambda pool, k, rng: with_bonus(pool, k, bonus=bonus)
@@ -269,7 +291,7 @@ def within_cost(select: SelectPool, k: int, max_cost: float, selection: str, rng
     for cap in caps[np.unique(np.linspace(0, len(caps) - 1, MOST_CAPS).astype(int))]:
         candidates = np.flatnonzero(select.costs_M <= cap)
         for found in SELECTORS[selection].path(select.among(candidates), k, min(k, len(candidates)), rng):
-            selected = replace(found, members=tuple(int(candidates[member]) for member in found.members))
+            selected = found.renamed(candidates)
             members = list(selected.members)
             nll = float(-np.log(selected.weights_M @ select.label_probs_MN[members]).mean())
             if select.costs_M[members].sum() <= max_cost and nll < best[0]:

@@ -249,6 +249,18 @@ def test_controls_take_one_variant_of_a_trial(name: str) -> None:
         assert sorted(trials[m] for m in members) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", SELECTORS)
+def test_of_views_of_the_same_weights_the_better_one_is_chosen(name: str) -> None:
+    """Candidates 0 and 1, 2 and 3, 4 and 5 are views of the same weights; in this pool the higher number is better."""
+    logits, labels = invented(members=6, examples=2000)
+    pool = SelectPool.of(
+        logits, labels, weights_M=np.array([0, 0, 1, 1, 2, 2]), configurations_M=np.array([0, 0, 0, 0, 1, 1])
+    )
+    for seed in range(5):
+        assert set(chosen_by(name, pool, 3, seed).members) <= {1, 3, 5}
+    assert {m for s in SELECTORS[name].path(pool, 3, 6, np.random.default_rng(0)) for m in s.members} <= {1, 3, 5}
+
+
 def test_all_takes_everyone_the_best_first() -> None:
     pool = select_pool(examples=2000)
     members = chosen_by("all", pool, 2).members
