@@ -26,7 +26,7 @@ MOST_CAPS = 6
 BAGS = 20
 BAG_ROUNDS = 20
 SHARE_OF_CANDIDATES = 0.5
-ACCURACY_BYTES = 2**30
+ACCURACY_BYTES = 2**29
 """Memory for the probabilities that selecting by accuracy needs; with more candidates the most accurate are taken."""
 
 
@@ -165,6 +165,11 @@ def greedy(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
 
 def greedy_accuracy(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
     """The same on accuracy; of equal candidates the one with the lower NLL."""
+    return settled_accuracy(pool, k, rng)(pool, k, rng)
+
+
+def settled_accuracy(pool: SelectPool, k: int, rng: np.random.Generator) -> Select:
+    """`greedy_accuracy` for any number of members, the probabilities of all classes read once."""
     num_examples, num_classes = np.shape(pool.logits[0])
     most = max(k, ACCURACY_BYTES // (4 * num_examples * num_classes))
     considered = np.sort(by_rank(pool)[:most])
@@ -178,8 +183,11 @@ def greedy_accuracy(pool: SelectPool, k: int, rng: np.random.Generator) -> Selec
     probs_MNC = np.empty((len(considered), num_examples, num_classes), np.float32)
     for place, candidate in enumerate(considered.tolist()):
         probs_MNC[place] = softmax(pool.logits[candidate].astype(np.float32), axis=1)
-    counts = by_accuracy(probs_MNC, pool.labels_N, k).counts
-    return weighted_by_counts({int(considered[place]): count for place, count in counts.items()})
+
+    def select(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
+        return weighted_by_counts(by_accuracy(probs_MNC, pool.labels_N, k).counts).renamed(considered)
+
+    return select
 
 
 def greedy_bagged(pool: SelectPool, k: int, rng: np.random.Generator) -> Selection:
@@ -264,7 +272,7 @@ def quality_diversity(pool: SelectPool, k: int, rng: np.random.Generator) -> Sel
 SELECTORS: dict[str, Selector] = {
     "diverse": Selector(diverse, nested=True, settle=settled_diverse),
     "greedy": Selector(greedy),
-    "greedy_accuracy": Selector(greedy_accuracy),
+    "greedy_accuracy": Selector(greedy_accuracy, settle=settled_accuracy),
     "greedy_bagged": Selector(greedy_bagged),
     "quality_diversity": Selector(quality_diversity),
     "top": Selector(top, nested=True),
