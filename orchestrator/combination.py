@@ -9,14 +9,14 @@ Shape suffixes: M members, N examples, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import softmax
 from scipy.stats import rankdata
 
-from orchestrator.calibration import fit_temperature, tempered
+from orchestrator.calibration import UNSCALED, Confidence, fit_confidence, fit_temperature, tempered
 from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities, log_softmax
 
@@ -185,13 +185,14 @@ class Combination:
     """A combiner with everything that was fitted on select; what turns members' predictions into the ensemble's.
 
     `weights` are [M] or [M, C], as the combiner has them. Each member's probabilities are tempered, then combined, then
-    tempered once more; `temperature` is None where there are no probabilities.
+    calibrated: tempered once more, and their confidence scaled. `temperature` is None where there are no probabilities.
     """
 
     combiner: str
     weights: FloatArray
     temperatures_M: FloatArray
     temperature: float | None
+    confidence: Confidence = UNSCALED
 
     @classmethod
     def fit(
@@ -203,14 +204,25 @@ class Combination:
         weights_M: FloatArray,
         temperatures_M: FloatArray,
     ) -> Combination:
-        """Fit on select what a combiner fits, then the temperature of what it gives.
+        """Fit on select what a combiner fits, then how what it gives is calibrated.
 
         `log_probs_MNC` have been tempered by `temperatures_M`.
         """
         weights = COMBINERS[combiner].fit(log_probs_MNC, labels_N, weights_M)
         log_probs_NC = COMBINERS[combiner].combine(log_probs_MNC, weights).log_probs_NC
-        temperature = None if log_probs_NC is None else fit_temperature(log_probs_NC, labels_N)
-        return cls(combiner, weights, temperatures_M, temperature)
+        unfitted = cls(combiner, weights, temperatures_M, None)
+        return unfitted if log_probs_NC is None else unfitted.calibrated_on(log_probs_NC, labels_N)
+
+    def calibrated_on(self, log_probs_NC: Probabilities, labels_N: IntArray) -> Combination:
+        """The same, calibrated on what it gives on select."""
+        temperature = fit_temperature(log_probs_NC, labels_N)
+        confidence = fit_confidence(tempered(log_probs_NC, temperature), labels_N)
+        return replace(self, temperature=temperature, confidence=confidence)
+
+    def calibrate(self, log_probs_NC: Probabilities) -> Probabilities:
+        """Combined log-probabilities, calibrated."""
+        assert self.temperature is not None
+        return self.confidence.scale(tempered(log_probs_NC, self.temperature))
 
     def combine(self, log_probs_MNC: Probabilities) -> Combined:
         """The members' predictions as one, calibrated where there are probabilities."""
@@ -221,5 +233,5 @@ class Combination:
         combined = COMBINERS[self.combiner].combine(log_probs_MNC, self.weights)
         if combined.log_probs_NC is None or self.temperature is None:
             return combined
-        calibrated_NC = tempered(combined.log_probs_NC, self.temperature)
+        calibrated_NC = self.calibrate(combined.log_probs_NC)
         return Combined(calibrated_NC, calibrated_NC)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from orchestrator.calibration import UNSCALED, Confidence
 from orchestrator.combination import COMBINERS, Combination
 from results.schema import FloatArray, Scalar, UsageError
 from trainables.config import FIELD_TYPES, NUM_VIEWS, TrainConfig
@@ -73,6 +74,7 @@ class Description:
     combiner: str
     weights: FloatArray
     temperature: float | None
+    confidence: Confidence = UNSCALED
     members: tuple[Member, ...]
     further: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ class Description:
     def combination(self) -> Combination:
         """What turns the members' log-probabilities into the ensemble's."""
         temperatures_M = np.array([member.temperature for member in self.members])
-        return Combination(self.combiner, self.weights, temperatures_M, self.temperature)
+        return Combination(self.combiner, self.weights, temperatures_M, self.temperature, self.confidence)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `ensemble.json`."""
@@ -107,6 +109,7 @@ class Description:
             "combiner": self.combiner,
             "weights": self.weights.tolist(),
             "temperature": self.temperature,
+            "confidence": asdict(self.confidence),
             "members": [{**asdict(member), "config": dict(member.config)} for member in self.members],
             **self.further,
         }
@@ -114,12 +117,14 @@ class Description:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Description:
         """The reverse of `to_json`. Raises UsageError, KeyError, TypeError or ValueError where it is not one."""
-        lists = ("class_names", "weights", "members")
+        lists = ("class_names", "weights", "members", "confidence")
         plain = {f.name: _plain(content, f) for f in fields(cls) if f.name not in {*lists, "further"}}
+        confidence = content.get("confidence", asdict(UNSCALED))  # of an earlier version: not scaled
         return cls(
             **plain,
             class_names=tuple(map(str, content["class_names"])),
             weights=np.array(content["weights"], dtype=np.float64),
+            confidence=Confidence(**{f.name: float(confidence[f.name]) for f in fields(Confidence)}),
             members=tuple(Member(**{f.name: _plain(one, f) for f in fields(Member)}) for one in content["members"]),
             further={name: value for name, value in content.items() if name not in {*plain, *lists}},
         )

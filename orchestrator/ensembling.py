@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.calibration import fit_temperature, tempered
 from orchestrator.combination import COMBINERS, Combination, Combined
 from orchestrator.metrics import Scored, score
 from orchestrator.pool import Pool, SelectPool, in_threads
@@ -37,7 +36,7 @@ class Ensemble:
 
     @classmethod
     def fit(cls, selection: Selection, combiner: str, select: SelectPool) -> Ensemble:
-        """Fit on select: each member's temperature, what the combiner fits, and the temperature of the whole.
+        """Fit on select: each member's temperature, what the combiner fits, and how the whole is calibrated.
 
         Raises UsageError for a combiner that cannot take so many members.
         """
@@ -55,16 +54,15 @@ class Ensemble:
                 f"take mean, or fewer"
             )
         unfitted = cls(members, weights_M, Combination(combiner, weights_M, temperatures_M, None))
-        temperature = fit_temperature(unfitted._linear_pool(select), select.labels_N)
-        return cls(members, weights_M, Combination(combiner, weights_M, temperatures_M, temperature))
+        combination = unfitted.combination.calibrated_on(unfitted._linear_pool(select), select.labels_N)
+        return cls(members, weights_M, combination)
 
     def combine(self, pool: Pool) -> Combined:
         """The members' predictions as one."""
         if len(self.members) <= MOST_AT_ONCE:
             log_probs_MNC = pool.log_probs(self.members, self.combination.temperatures_M)
             return self.combination.combine_tempered(log_probs_MNC)
-        assert self.combination.temperature is not None
-        log_probs_NC = tempered(self._linear_pool(pool), self.combination.temperature)
+        log_probs_NC = self.combination.calibrate(self._linear_pool(pool))
         return Combined(log_probs_NC, log_probs_NC)
 
     def _linear_pool(self, pool: Pool) -> Probabilities:

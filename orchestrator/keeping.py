@@ -82,6 +82,7 @@ def keep(
         combiner=combination.combiner,
         weights=combination.weights,
         temperature=combination.temperature,
+        confidence=combination.confidence,
         members=tuple(
             one.member(temperature=temperature, weights_file=file)
             for one, temperature, file in zip(chosen, temperatures, keep_members(folder, files), strict=True)

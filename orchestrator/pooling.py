@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from orchestrator.calibration import LEAST_LEAD, Confidence
 from orchestrator.combination import Combination
 
 
@@ -43,11 +45,23 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def pooled_log_probs(combination: Combination, log_probs_MBC: Tensor) -> Tensor:
-    """The members' log-probabilities as one, tempered before and after, as `Combination.combine` has them."""
+    """The members' log-probabilities as one, calibrated, as `Combination.combine` has them."""
     assert combination.temperature is not None
     temperatures_M, weights = (
         torch.from_numpy(array).to(log_probs_MBC) for array in (combination.temperatures_M, combination.weights)
     )
     calm_MBC = (log_probs_MBC / temperatures_M[:, None, None]).log_softmax(-1)
     pooled_BC = POOLS[combination.combiner](calm_MBC, weights)
-    return (pooled_BC / combination.temperature).log_softmax(-1)
+    return _with_confidence((pooled_BC / combination.temperature).log_softmax(-1), combination.confidence)
+
+
+def _with_confidence(log_probs_BC: Tensor, confidence: Confidence) -> Tensor:
+    """See Confidence.scale."""
+    if log_probs_BC.shape[1] < 2:
+        return log_probs_BC
+    (top_B, second_B), (index_B, _) = (values.unbind(1) for values in log_probs_BC.topk(2, dim=1))
+    rest_B = second_B + ((log_probs_BC - second_B[:, None]).clamp(max=0).exp().sum(1) - 1).log()
+    odds_B = confidence.slope * (top_B - rest_B) + confidence.intercept
+    odds_B = torch.maximum(odds_B, second_B - rest_B + LEAST_LEAD)
+    scaled_BC = log_probs_BC + (logsigmoid(-odds_B) - rest_B)[:, None]
+    return scaled_BC.scatter(1, index_B[:, None], logsigmoid(odds_B)[:, None])

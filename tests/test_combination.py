@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
-from orchestrator.calibration import BOUNDS, fit_temperature, tempered
+from orchestrator.calibration import BOUNDS, Confidence, fit_confidence, fit_temperature, tempered
 from orchestrator.combination import COMBINERS, Combination, fit_weights
 from results.schema import FloatArray
 from tests.pools import invented
 from trainables.validation import log_softmax
 
 SEEDS = st.integers(0, 2**32 - 1)
+SLOPES, INTERCEPTS = st.floats(0.1, 5), st.floats(-4, 4)
 
 
 def fitted_on(name: str, log_probs: FloatArray, labels: FloatArray, weights: FloatArray | None = None) -> FloatArray:
@@ -181,6 +182,53 @@ def test_temperature_stays_sensible_where_nothing_is_wrong() -> None:
 def test_temperature_keeps_the_ranking() -> None:
     log_probs = log_softmax(invented()[0])[0]
     assert np.array_equal(tempered(log_probs, 3.0).argsort(1), log_probs.argsort(1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=SEEDS, slope=SLOPES, intercept=INTERCEPTS, classes=st.integers(2, 8), scale=st.floats(0.01, 2000))
+def test_scaling_the_confidence_keeps_the_ranking_and_the_sum(
+    seed: int, slope: float, intercept: float, classes: int, scale: float
+) -> None:
+    log_probs = log_softmax(np.random.default_rng(seed).normal(scale=scale, size=(50, classes)))
+    scaled = Confidence(slope, intercept).scale(log_probs)
+    assert np.exp(scaled).sum(1) == pytest.approx(1, abs=1e-6)
+    assert np.isfinite(scaled).all()
+    assert np.array_equal(scaled.argmax(1), log_probs.argmax(1))
+    order = np.argsort(-log_probs, axis=1)
+    in_order = np.take_along_axis(scaled, order, axis=1)
+    assert (np.diff(in_order, axis=1) <= 1e-9).all()
+
+
+def test_scaling_a_confidence_worked_by_hand() -> None:
+    """0.5 has log-odds 0, which ln 3 makes 0.75; what is left, 0.25, is shared 3 to 2. No change changes nothing."""
+    log_probs = np.log(np.array([[0.3, 0.5, 0.2]]))
+    assert np.exp(Confidence(2.0, np.log(3)).scale(log_probs))[0] == pytest.approx([0.15, 0.75, 0.1])
+    assert np.exp(Confidence().scale(log_probs))[0] == pytest.approx([0.3, 0.5, 0.2])
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, slope=st.floats(0.5, 2), intercept=st.floats(-1, 1))
+def test_confidence_scaling_recovers_what_confidences_were_distorted_by(
+    seed: int, slope: float, intercept: float
+) -> None:
+    """Right as often as the confidence says; then distorted: undoing it is what is fitted."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.55, 0.97, 40_000)
+    odds = np.log(confidence / (1 - confidence))
+    distorted = 1 / (1 + np.exp(-(odds - intercept) / slope))
+    log_probs = np.log(np.stack([distorted, 1 - distorted], axis=1))
+    keeps_top = distorted > 0.5
+    labels = (rng.random(40_000) > confidence).astype(int)
+    fitted = fit_confidence(log_probs[keeps_top], labels[keeps_top])
+    assert fitted.slope == pytest.approx(slope, abs=0.12)
+    assert fitted.intercept == pytest.approx(intercept, abs=0.15)
+
+
+def test_confidence_stays_sensible_where_nothing_is_wrong() -> None:
+    log_probs = log_softmax(np.array([[4.0, 0.0], [0.0, 4.0]] * 50))
+    fitted = fit_confidence(log_probs, np.array([0, 1] * 50))
+    assert 1 <= fitted.slope < 3
+    assert 0 <= fitted.intercept < 2
 
 
 def test_a_combination_tempers_members_then_what_they_give() -> None:

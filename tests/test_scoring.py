@@ -305,7 +305,7 @@ def test_an_ensemble_of_very_many_members_is_pooled_one_after_the_other(combiner
     many = Ensemble.fit(selection, combiner, pool)
     calm = log_softmax(logits / many.combination.temperatures_M[:, None, None])
     at_once = COMBINERS["mean"].combine(calm, selection.weights_M).scores_NC
-    expected = log_softmax(at_once / many.combination.temperature)
+    expected = many.combination.calibrate(at_once)
     assert many.combine(pool).scores_NC == pytest.approx(expected, abs=1e-5)
 
 
