@@ -169,7 +169,9 @@ def _score_table(report: Report, split: str, title: str, rows: Sequence[Row]) ->
     headings = ("k", "accuracy", "gain over best single", "NLL", "gain", "ECE (floor)", "trained", "mult-adds")
     for heading in headings:
         table.add_column(heading, justify="right")
+    (single,) = (row.ensembles[0].members for row in rows if row.baseline)
     for row in rows:
+        is_single = row.ensembles[0].members == single
         of = {metric: report.score(row, split, metric) for metric in ("accuracy", "nll", "ece", "ece_floor")}
         floor = of["ece_floor"].value
         trained, adds, _ = _costs(of["accuracy"])
@@ -177,9 +179,9 @@ def _score_table(report: Report, split: str, title: str, rows: Sequence[Row]) ->
             row.label + (" *" if row.chosen else ""),
             str(of["accuracy"].k),
             _figure(of["accuracy"].value),
-            "" if row.baseline else _gain_of(of["accuracy"]),
+            "" if is_single else _gain_of(of["accuracy"]),
             _figure(of["nll"].value),
-            "" if row.baseline else _gain_of(of["nll"]),
+            "" if is_single else _gain_of(of["nll"]),
             _figure(of["ece"].value) + ("" if floor is None else f" ({floor:.4f})"),
             trained,
             adds,
@@ -209,7 +211,7 @@ def _curve_table(report: Report) -> Table:
     nll_of = {row.label: report.score(row, "select", "nll").value for row in report.curve}
     known = {label: value for label, value in nll_of.items() if value is not None}
     best = min(known, key=lambda label: known[label], default="")
-    title = "more members, on estimate (on select: + the front of accuracy and cost, < the lowest NLL)"
+    title = "more members, on estimate (select: + front of accuracy and cost, < lowest NLL)"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("k", justify="right")
     for heading in ("accuracy (95%)", "NLL (95%)", "mult-adds", "images/s", ""):
