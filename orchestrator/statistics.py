@@ -61,13 +61,18 @@ def loss_interval(losses_N: FloatArray) -> tuple[float, float]:
     interval foresees large losses of which the examples hold none: where fewer than three examples are predicted
     wrongly it covers far less often than 95%.
     """
-    count, deviations_N = len(losses_N), losses_N - losses_N.mean()
+    return _skewed_interval(losses_N, _quantile(losses_N))
+
+
+def _quantile(values_N: FloatArray) -> float:
+    """Student's, with as many degrees of freedom as the values' kurtosis leaves their variance."""
+    count, deviations_N = len(values_N), values_N - values_N.mean()
     variance = float((deviations_N**2).mean())
     if variance == 0:
-        return _skewed_interval(losses_N, Z)
+        return Z
     kurtosis = float((deviations_N**4).mean()) / variance**2
     freedom = 2 * count / (kurtosis - (count - 3) / (count - 1))
-    return _skewed_interval(losses_N, float(t.ppf(0.975, min(freedom, count - 1))))
+    return float(t.ppf(0.975, min(freedom, count - 1)))
 
 
 def _skewed_interval(losses_N: FloatArray, quantile: float) -> tuple[float, float]:
@@ -88,11 +93,12 @@ def _unskewed(quantile: float, skewness: float, count: int) -> float:
 
 
 def difference_interval(differences_N: FloatArray) -> tuple[float, float]:
-    """Of the mean of paired differences of losses, whose skewness mostly cancels (Student 1908); of one, infinite."""
+    """Of the mean of paired differences of losses (Student 1908), whose skewness mostly cancels, but not their heavy
+    tails: degrees of freedom are counted as in `loss_interval`. Of a single difference it is infinite."""
     count, mean = len(differences_N), float(differences_N.mean())
     if count < 2:
         return -math.inf, math.inf
-    reach = float(t.ppf(0.975, count - 1)) * float(differences_N.std(ddof=1)) / math.sqrt(count)
+    reach = _quantile(differences_N) * float(differences_N.std(ddof=1)) / math.sqrt(count)
     return mean - reach, mean + reach
 
 

@@ -113,10 +113,20 @@ def test_two_systems_that_never_differ_may_still_differ_a_little() -> None:
 
 @settings(deadline=None)
 @given(seed=SEEDS, count=st.integers(2, 200))
-def test_the_interval_of_a_difference_is_students(seed: int, count: int) -> None:
+def test_the_interval_of_a_difference_is_students_or_wider(seed: int, count: int) -> None:
     differences = np.random.default_rng(seed).normal(size=count)
     theirs = ttest_1samp(differences, 0).confidence_interval()
-    assert difference_interval(differences) == pytest.approx((theirs.low, theirs.high))
+    low, high = difference_interval(differences)
+    assert low + high == pytest.approx(theirs.low + theirs.high)
+    assert high - low >= (theirs.high - theirs.low) * (1 - 1e-9)
+    without_tails = np.where(np.arange(count) % 2, 1.0, -1.0)
+    if count % 2 == 0:
+        theirs = ttest_1samp(without_tails, 0).confidence_interval()
+        assert difference_interval(without_tails) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_of_a_single_difference_nothing_is_known() -> None:
+    assert difference_interval(np.array([0.3])) == (-np.inf, np.inf)
 
 
 def test_the_interval_of_a_loss_is_students_statistic_without_its_skewness() -> None:
