@@ -127,8 +127,9 @@ def choose(
 
     The first row is the chosen one. Controls: the best single model, the best one of each of several `kinds`, the best
     one whose training alone cost what the members' did together (at least nine tenths of it), top-k and random-k under
-    the mean, and, when there are finalists, seeds of one configuration. `kinds`, `train_costs`: of each candidate.
-    `max_cost`: of predicting with the chosen ensemble, in the pool's units.
+    the mean, and, when there are finalists, seeds of one configuration. These have as many trainings as the chosen
+    ensemble (seeds: at most), which may have fewer than k, all, or several variants of one training. `kinds`,
+    `train_costs`: of each candidate. `max_cost`: of predicting with the chosen ensemble, in the pool's units.
     """
     if max_cost is None:
         selected = SELECTORS[selection].choose(select, k, rng)
@@ -140,11 +141,12 @@ def choose(
     rows += [Row("ensemble", selection, (e,), f"{selection}, {e.combination.combiner}") for e in fitted]
     rows += _singles(select, kinds)
     rows += _of_whole_budget(select, train_costs, selected.members)
-    rows.append(Row("control", "top", (Ensemble.fit(top(select, k, rng), "mean", select),), "top, mean"))
-    drawn = [random(select, k, rng) for _ in range(RANDOM_DRAWS)]
+    trainings = len(np.unique(select.trials_M[list(selected.members)]))
+    rows.append(Row("control", "top", (Ensemble.fit(top(select, trainings, rng), "mean", select),), "top, mean"))
+    drawn = [random(select, trainings, rng) for _ in range(RANDOM_DRAWS)]
     draws = tuple(in_threads(lambda selected: Ensemble.fit(selected, "mean", select), drawn))
     rows.append(Row("control", "random", draws, f"random, mean ({RANDOM_DRAWS} draws)"))
-    repeated = repeated_best(select)[:k]
+    repeated = repeated_best(select)[:trainings]
     if repeated:
         rows.append(Row("control", "seeds", (Ensemble.fit(uniform(repeated), "mean", select),), "seeds, mean"))
     return rows

@@ -237,6 +237,16 @@ def test_a_single_model_trained_for_the_whole_budget_is_a_control() -> None:
     assert not any(row.selection == "whole budget" for row in chosen(pool, k=3, train_costs=[1.0] * 6))
 
 
+@pytest.mark.parametrize("selection", ["all", "greedy", "diverse"])
+def test_controls_have_as_many_trainings_as_the_chosen_ensemble(selection: str) -> None:
+    """`all` takes more than k, `greedy` may take fewer, and variants of one training are one."""
+    pool = select_pool(3, trials=[0, 0, 0, 1, 2, 3], configurations=[0, 0, 0, 0, 1, 2])
+    chosen_row, *others = chosen(pool, k=3, selection=selection)
+    trainings = len({int(pool.trials_M[member]) for member in chosen_row.ensembles[0].members})
+    sizes = {row.selection: {len(e.members) for e in row.ensembles} for row in others if row.kind == "control"}
+    assert sizes == {"top": {trainings}, "random": {trainings}, "seeds": {min(2, trainings)}}
+
+
 def test_variants_of_one_training_are_paid_for_once() -> None:
     both = [candidate(0, multiply_adds=100), candidate(0, variant="tta", multiply_adds=200, images_per_second=25.0)]
     cost = cost_of([*both, candidate(1)])
