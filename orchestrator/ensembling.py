@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.calibration import fit_temperature, tempered
-from orchestrator.combination import COMBINERS, Combination, Combined
+from orchestrator.combination import COMBINERS, TINY, Combination, Combined
 from orchestrator.metrics import Scored, score
 from orchestrator.pool import Pool, SelectPool, in_threads
 from orchestrator.selection import SELECTORS, Selection, by_rank, random, repeated_best, top, uniform, within_cost
@@ -75,8 +75,7 @@ class Ensemble:
             self.members, combination.weights, combination.temperatures_M, strict=True
         ):
             total_NC += weight * np.exp(pool.log_probs([member], np.array([temperature]))[0])
-        with np.errstate(divide="ignore"):
-            return np.asarray(np.log(total_NC))
+        return np.asarray(np.log(np.maximum(total_NC, TINY)))
 
     def score(self, pool: Pool) -> Scored:
         """Contributions to every metric on a split."""
