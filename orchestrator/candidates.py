@@ -5,6 +5,7 @@ Shape suffixes: N examples, C classes.
 
 from __future__ import annotations
 
+import ast
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -206,10 +207,26 @@ def find_candidates(
     return Candidates(rows, experiments)
 
 
+METHODS = {"str", "contains", "startswith", "endswith", "len", "isin", "isna", "notna", "between"}
+METHODS |= {"abs", "mean", "median", "min", "max", "quantile"}
+"""What an expression may ask of a column."""
+
+
+def _check_only_asks(expression: str) -> None:
+    """Raise ValueError or SyntaxError unless an expression merely asks: pandas runs any method, and all after @."""
+    if "@" in expression:
+        raise ValueError("@ is not allowed")
+    for node in ast.walk(ast.parse(expression.replace("`", "").strip())):
+        of_column = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
+        if isinstance(node, ast.Attribute) and node.attr not in METHODS and not of_column:
+            raise ValueError(f".{node.attr} is not allowed; there are {', '.join(sorted(METHODS))}")
+
+
 def _where(table: pd.DataFrame, expression: str) -> pd.DataFrame:
     short = {name: name.removeprefix("config.") for name in table.columns}
     named = table.rename(columns={name: new for name, new in short.items() if new == name or new not in table.columns})
     try:
+        _check_only_asks(expression)
         chosen = named.eval(expression)
     except Exception as error:  # whatever pandas makes of what was typed
         raise UsageError(

@@ -28,7 +28,7 @@ from orchestrator.metrics import class_accuracies
 from orchestrator.pool import POOLS, EstimatePool, Pool, SelectPool, TestPool
 from orchestrator.returns import cross_fitted, curve, front
 from orchestrator.scoring import num_comparisons, score_rows
-from orchestrator.selection import SELECTORS
+from orchestrator.selection import FOLDS, SELECTORS
 from results.events import EnsembleMade
 from results.schema import ClassAccuracyRecord, UsageError
 from results.store import Experiment
@@ -90,6 +90,11 @@ def find(experiments: dict[str, Experiment], args: argparse.Namespace) -> tuple[
     """The candidates with sound predictions, and their pool. Raises UsageError when they are fewer trials than k."""
     found = find_candidates(experiments, k=args.top_k, include_stopped=args.include_stopped, expression=args.candidates)
     candidates, select = found.read_select()
+    if len(select.labels_N) < FOLDS:
+        raise UsageError(
+            f"{len(select.labels_N)} select images, but choosing is cross-fitted in {FOLDS} parts of them; wanted "
+            f"{FOLDS} or more: take a larger dataset"
+        )
     sound = len(np.unique(select.trials_M))
     if sound < args.top_k:
         raise UsageError(f"--top-k {args.top_k} but only {sound} trials have sound predictions; lower it")

@@ -18,6 +18,8 @@ from results.store import Experiment
 
 MOST_COLUMNS = 8
 """Members between whom the table of disagreement is shown."""
+WIDEST = 1000
+"""Columns of characters of a table at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +69,13 @@ def show(console: Console, report: Report) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_members_table(report))
+    _print_whole(console, _members_table(report))
     if report.diversity is not None and report.diversity.disagreement is not None:
         console.print(_diversity_line(report.diversity), highlight=False, soft_wrap=True)
-    console.print(_score_table(report, "estimate", "estimate: read once, after choosing", report.rows))
-    console.print(_score_table(report, "test", "test: scored once, never chosen on", shown_on_test(report.rows)))
-    console.print(_curve_table(report))
+    _print_whole(console, _score_table(report, "estimate", "estimate: read once, after choosing", report.rows))
+    on_test = _score_table(report, "test", "test: scored once, never chosen on", shown_on_test(report.rows))
+    _print_whole(console, on_test)
+    _print_whole(console, _curve_table(report))
     for line in [*verdicts(report), *_caveats(report)]:
         console.print(line, highlight=False, soft_wrap=True)
     folder = report.experiment.ensemble_folder(report.ensemble_id)
@@ -84,6 +87,12 @@ def show(console: Console, report: Report) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print a table with every figure whole: a terminal that is too narrow folds its lines."""
+    table.width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    console.print(table, crop=False)
 
 
 def verdicts(report: Report) -> list[str]:
@@ -100,7 +109,11 @@ def _verdict(report: Report, row: Row) -> str:
         gain, low, high = score.chosen_gain, score.chosen_gain_ci_low, score.chosen_gain_ci_high
         if gain is None or low is None or high is None:
             continue
-        word = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        p_value = score.chosen_p_value
+        shown = (
+            p_value is None or p_value < 0.05
+        )  # of few examples an interval may exclude zero where the test does not
+        word = "better" if low > 0 and shown else "worse" if high < 0 and shown else "no difference shown"
         tested = "" if score.chosen_p_value is None else f", p {score.chosen_p_value:.2g}"
         parts.append(f"{name} {word} (gain {_gain(gain, low, high)}{tested})")
     names = {"random": "random members", "top": "the most accurate", "seeds": "seeds of one configuration"}
@@ -121,8 +134,8 @@ def _caveats(report: Report) -> list[str]:
         f"optimism, select's figures less estimate's (above zero: it flattered): accuracy {accuracy:+.4f}{nll_text}",
         f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
         f"{cross}; two such choices share {stability.overlap:.0%} of their members",
-        f"{report.comparisons} gains with 95% intervals were computed on estimate; were there none, about "
-        f"{report.comparisons / 20:.0f} would exclude zero all the same: quote the first line, above",
+        f"{report.comparisons} gains with 95% intervals in accuracy and NLL were computed on estimate; were there "
+        f"none, about {report.comparisons / 20:.0f} would exclude zero all the same: quote the first line, above",
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.combination import COMBINERS, Combination, Combined
+from orchestrator.combination import COMBINERS, TINY, Combination, Combined
 from orchestrator.metrics import Scored, score
 from orchestrator.pool import Pool, SelectPool, in_threads
 from orchestrator.selection import SELECTORS, Selection, by_rank, random, repeated_best, top, uniform, within_cost
@@ -73,8 +73,7 @@ class Ensemble:
             self.members, combination.weights, combination.temperatures_M, strict=True
         ):
             total_NC += weight * np.exp(pool.log_probs([member], np.array([temperature]))[0])
-        with np.errstate(divide="ignore"):
-            return np.asarray(np.log(total_NC))
+        return np.asarray(np.log(np.maximum(total_NC, TINY)))
 
     def score(self, pool: Pool) -> Scored:
         """Contributions to every metric on a split."""
@@ -125,8 +124,9 @@ def choose(
 
     The first row is the chosen one. Controls: the best single model, the best one of each of several `kinds`, the best
     one whose training alone cost what the members' did together (at least nine tenths of it), top-k and random-k under
-    the mean, and, when there are finalists, seeds of one configuration. `kinds`, `train_costs`: of each candidate.
-    `max_cost`: of predicting with the chosen ensemble, in the pool's units.
+    the mean, and, when there are finalists, seeds of one configuration. These have as many trainings as the chosen
+    ensemble (seeds: at most), which may have fewer than k, all, or several variants of one training. `kinds`,
+    `train_costs`: of each candidate. `max_cost`: of predicting with the chosen ensemble, in the pool's units.
     """
     if max_cost is None:
         selected = SELECTORS[selection].choose(select, k, rng)
@@ -138,11 +138,12 @@ def choose(
     rows += [Row("ensemble", selection, (e,), f"{selection}, {e.combination.combiner}") for e in fitted]
     rows += _singles(select, kinds)
     rows += _of_whole_budget(select, train_costs, selected.members)
-    rows.append(Row("control", "top", (Ensemble.fit(top(select, k, rng), "mean", select),), "top, mean"))
-    drawn = [random(select, k, rng) for _ in range(RANDOM_DRAWS)]
+    trainings = len(np.unique(select.trials_M[list(selected.members)]))
+    rows.append(Row("control", "top", (Ensemble.fit(top(select, trainings, rng), "mean", select),), "top, mean"))
+    drawn = [random(select, trainings, rng) for _ in range(RANDOM_DRAWS)]
     draws = tuple(in_threads(lambda selected: Ensemble.fit(selected, "mean", select), drawn))
     rows.append(Row("control", "random", draws, f"random, mean ({RANDOM_DRAWS} draws)"))
-    repeated = repeated_best(select)[:k]
+    repeated = repeated_best(select)[:trainings]
     if repeated:
         rows.append(Row("control", "seeds", (Ensemble.fit(uniform(repeated), "mean", select),), "seeds, mean"))
     return rows

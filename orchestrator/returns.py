@@ -21,9 +21,12 @@ MOST_MEMBERS = 20
 
 
 def curve(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> list[Row]:
-    """Ensembles of 1, 2, ... 20 members (or as many as there are), by the selection that k members were chosen by."""
+    """Ensembles of 1, 2, ... 20 members (or as many as there are), by the selection that k members were chosen by.
+
+    Where a selector that may take more stops at so many, there is one row of them.
+    """
     most = min(MOST_MEMBERS, len(select))
-    path = SELECTORS[selection].path(select, k, most, rng)
+    path = list({len(found.members): found for found in SELECTORS[selection].path(select, k, most, rng)}.values())
     fitted = in_threads(lambda selected: Ensemble.fit(selected, combiner, select), path)
     return [Row("curve", selection, (ensemble,), f"{selection} of {len(ensemble.members)}") for ensemble in fitted]
 

@@ -167,6 +167,12 @@ def mean_cost(ensembles: Sequence[Ensemble], candidates: Sequence[Candidate]) ->
 def num_comparisons(rows: Sequence[Row]) -> int:
     """How many intervals of gains a split's tables show: accuracy and NLL of every row with the best single model, and
     of the chosen ensemble with every control."""
-    with_single = sum(not row.baseline for row in rows)
-    with_chosen = sum(row.kind in {"control", "single"} and not row.baseline for row in rows)
-    return 2 * (with_single + with_chosen)
+    chosen = next(row for row in rows if row.chosen)
+    with_single = sum(len(_compared(row)) for row in rows if not row.baseline)
+    controls = [row for row in rows if row.kind in {"control", "single"} and not row.baseline]
+    return with_single + sum(len(_compared(row) & _compared(chosen)) for row in controls)
+
+
+def _compared(row: Row) -> set[str]:
+    """Without probabilities there is no NLL."""
+    return {"accuracy"} if row.ensembles[0].combination.temperature is None else {"accuracy", "nll"}

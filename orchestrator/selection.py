@@ -298,6 +298,8 @@ def within_cost(select: SelectPool, k: int, max_cost: float, selection: str, rng
     best: tuple[float, Selection | None] = (np.inf, None)
     for cap in caps[np.unique(np.linspace(0, len(caps) - 1, MOST_CAPS).astype(int))]:
         candidates = np.flatnonzero(select.costs_M <= cap)
+        if selection == "seeds" and not repeated_best(select.among(candidates)):
+            continue
         for found in SELECTORS[selection].path(select.among(candidates), k, min(k, len(candidates)), rng):
             selected = found.renamed(candidates)
             members = list(selected.members)

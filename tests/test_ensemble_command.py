@@ -149,6 +149,75 @@ def test_wrong_expressions_are_refused(expression: str, message: str, tmp_path: 
     refused(tmp_path, message, "--candidates", expression)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "@pd.io.common.os.system('touch {file}') == 0",
+        "'\\'' == @pd.io.common.os.system('touch {file}')",
+        "trial_id.to_csv('{file}') == 1",
+        "'`' == trial_id.to_csv('{file}') or variant == '`'",
+        "trial_id.str.__class__ == 1",
+    ],
+)
+def test_expressions_ask_and_do_nothing_else(expression: str, tmp_path: Path) -> None:
+    stored(tmp_path)
+    file = tmp_path / "made"
+    refused(tmp_path, "cannot be evaluated .* is not allowed", "--candidates", expression.format(file=file))
+    assert not file.exists()
+
+
+def test_expressions_may_ask_what_columns_hold(tmp_path: Path) -> None:
+    stored(tmp_path)
+    expression = "trial_id.str.contains('[135]') and val_accuracy >= val_accuracy.min() and `dropout` < 1"
+    content = made(tmp_path, "--top-k", "3", "--candidates", expression)
+    assert {m["trial_id"] for m in content["members"]} == {"t00001", "t00003", "t00005"}  # type: ignore[attr-defined]
+
+
+def test_too_few_select_images_to_cross_fit_are_refused(tmp_path: Path) -> None:
+    labels: dict[Split, IntArray] = {split: np.arange(4) for split in SPLITS}
+    few = {"best": {split: np.eye(4)[labels[split]] for split in SPLITS}}
+    store_models(tmp_path, lambda number: few, labels, num_models=2, num_classes=4)
+    refused(tmp_path, "4 select images, but choosing is cross-fitted in 5 parts of them", "--top-k", "2")
+
+
+def test_no_verdict_is_given_where_the_exact_test_does_not_agree_with_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five images more of 60 are right and none wrong that was right: p is 2 / 32, and the interval excludes zero."""
+
+    def five_more(number: int) -> Variants:
+        better: dict[Split, FloatArray] = {split: 2.0 * np.eye(CLASSES)[LABELS[split]] for split in SPLITS}
+        if number:
+            better["estimate"][:5] = np.roll(better["estimate"][:5], 1, axis=1)
+            better["select"] = 9.0 * better["select"]
+        return {"best": better}
+
+    experiment = stored(tmp_path, five_more, num_models=2)
+    made(tmp_path, "--selection", "random", "--top-k", "1")
+    table = scores(tmp_path)
+    pair = table[(table["split"] == "estimate") & (table["metric"] == "accuracy") & (table["chosen_p_value"] == 0.0625)]
+    assert len(pair)
+    assert (pair["chosen_gain_ci_low"] > 0).all()
+    said = [line for line in capsys.readouterr().out.splitlines() if "p 0.062" in line]
+    assert said
+    assert all("accuracy no difference shown" in line for line in said)
+    assert experiment.ensemble_ids() == ["e0001"]
+
+
+def test_a_narrow_terminal_folds_figures_and_cuts_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    stored(tmp_path)
+    made(tmp_path, "--top-k", "3")
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    table = scores(tmp_path)
+    accuracies = table.loc[(table["metric"] == "accuracy") & (table["split"] != "select"), "value"]
+    assert all(f"{value:.4f}" in shown for value in accuracies[table["kind"] != "ensemble"])
+
+
 def test_variants_of_a_trial_are_candidates_of_their_own(tmp_path: Path) -> None:
     """The averaged views are better than the plain ones; no control takes two variants of a trial."""
 

@@ -237,6 +237,16 @@ def test_a_single_model_trained_for_the_whole_budget_is_a_control() -> None:
     assert not any(row.selection == "whole budget" for row in chosen(pool, k=3, train_costs=[1.0] * 6))
 
 
+@pytest.mark.parametrize("selection", ["all", "greedy", "diverse"])
+def test_controls_have_as_many_trainings_as_the_chosen_ensemble(selection: str) -> None:
+    """`all` takes more than k, `greedy` may take fewer, and variants of one training are one."""
+    pool = select_pool(3, trials=[0, 0, 0, 1, 2, 3], configurations=[0, 0, 0, 0, 1, 2])
+    chosen_row, *others = chosen(pool, k=3, selection=selection)
+    trainings = len({int(pool.trials_M[member]) for member in chosen_row.ensembles[0].members})
+    sizes = {row.selection: {len(e.members) for e in row.ensembles} for row in others if row.kind == "control"}
+    assert sizes == {"top": {trainings}, "random": {trainings}, "seeds": {min(2, trainings)}}
+
+
 def test_variants_of_one_training_are_paid_for_once() -> None:
     both = [candidate(0, multiply_adds=100), candidate(0, variant="tta", multiply_adds=200, images_per_second=25.0)]
     cost = cost_of([*both, candidate(1)])
@@ -289,7 +299,10 @@ def test_what_the_chosen_ensemble_gains_over_a_control_is_the_difference_of_thei
 def test_how_many_comparisons_were_made_is_counted() -> None:
     """Seven other combiners, top, random and the chosen one with the single model; the chosen with top and random."""
     rows = chosen()
-    assert num_comparisons(rows) == 2 * (7 + 2 + 1) + 2 * 2
+    without_nll = 2  # vote and rank
+    assert num_comparisons(rows) == 2 * (7 + 2 + 1) - without_nll + 2 * 2
+    of_votes = [replace(row, chosen=row.combiner == "vote") for row in rows]
+    assert num_comparisons(of_votes) == 2 * (7 + 2 + 1) - without_nll + 2
 
 
 @pytest.mark.parametrize("combiner", ["mean", "weighted"])
@@ -309,6 +322,15 @@ def test_an_ensemble_of_very_many_members_is_pooled_one_after_the_other(combiner
     assert many.combine(pool).scores_NC == pytest.approx(expected, abs=1e-5)
 
 
+def test_very_many_members_may_be_sure_of_the_same_wrong_class() -> None:
+    """Where none gives a class any probability that float32 holds, the calibrated NLL is a number all the same."""
+    labels = np.arange(20) % 3
+    logits = np.repeat((100000.0 * np.eye(3)[(labels + 1) % 3])[None], MOST_AT_ONCE + 1, axis=0)
+    pool = SelectPool.of(np.clip(logits, -65504, 65504).astype(np.float16), labels)
+    ensemble = Ensemble.fit(uniform(range(len(logits))), "mean", pool)
+    assert np.isfinite(ensemble.score(pool).columns_NK).all()
+
+
 # --- returns ---
 
 
@@ -317,6 +339,14 @@ def test_the_curve_ends_where_the_candidates_end_and_passes_through_the_choice()
     rows = curve(pool, k=3, selection="diverse", combiner="mean", rng=np.random.default_rng(0))
     assert [len(row.ensembles[0].members) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[2].ensembles[0].members == chosen(pool, selection="diverse")[0].ensembles[0].members
+
+
+def test_the_curve_has_one_row_of_so_many_members() -> None:
+    """Of copies `greedy` takes one, however many it may take."""
+    logits, labels = invented(members=1)
+    pool = SelectPool.of(np.repeat(logits, 4, axis=0), labels)
+    rows = curve(pool, k=3, selection="greedy", combiner="mean", rng=np.random.default_rng(0))
+    assert [row.label for row in rows] == ["greedy of 1"]
 
 
 def test_the_front_is_that_of_accuracy_and_cost() -> None:

@@ -295,6 +295,12 @@ def test_the_best_within_a_cost_is_chosen() -> None:
         within_cost(pool, 5, 0.5, "top", rng)
 
 
+def test_seeds_within_a_cost_are_found_though_the_cheapest_candidate_was_trained_once() -> None:
+    logits, labels = invented(1, members=3, examples=100)
+    pool = SelectPool.of(logits, labels, costs_M=np.array([1.0, 2, 2]), configurations_M=np.array([0, 1, 1]))
+    assert set(within_cost(pool, 2, 4.0, "seeds", np.random.default_rng(0)).members) == {1, 2}
+
+
 def test_choosing_on_test_predictions_does_not_type_check(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
