@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from orchestrator.pool import KEPT_BYTES, POOLS, AnyPool, SelectPool, StoredLogits, Summary, in_threads, summarize
-from results.schema import DataWarning, FloatArray, IntArray, Predictions, SelectPredictions, UsageError
+from results.schema import DataWarning, FloatArray, IntArray, Predictions, SelectPredictions, Split, UsageError
 from results.store import Experiment, names
 from trainables.config import NUM_VIEWS
 
@@ -24,9 +24,10 @@ from trainables.config import NUM_VIEWS
 class Candidate:
     """A variant of a trial that may become a member.
 
-    `configuration` is the same for trainings of one configuration. `train_cost`: multiply-adds of the whole training's
-    forward passes, by epochs, share of the data and network. `multiply_adds` and `images_per_second` are of predicting,
-    with all views of test-time augmentation; the speed is what the trial's worker measured, None where it did not.
+    `configuration` is the same for trainings of one configuration. `train_seconds` of a student include those of its
+    teacher's members. `train_cost`: multiply-adds of the whole training's forward passes, by epochs, share of the data
+    and network. `multiply_adds` and `images_per_second` are of predicting, with all views of test-time augmentation;
+    the speed is what the trial's worker measured, None where it did not.
     """
 
     experiment: str
@@ -61,6 +62,18 @@ class Candidate:
         if self.variant == "best":
             return "ema" if self.averaged else "model"
         return "snapshot" if self.variant.startswith("epoch_") else self.variant
+
+
+class NotFinite(UsageError):
+    """A candidate's logits on a split are not all finite."""
+
+    def __init__(self, candidate: Candidate, split: Split) -> None:
+        super().__init__(f"{candidate.experiment}/{candidate.name} has {split} logits that are not finite")
+        self.candidate = candidate
+
+
+def _split_of(predictions: type[Predictions]) -> Split:
+    return next(split for split, cls in POOLS.values() if cls is predictions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +139,7 @@ class Candidates:
         def read(place: int) -> npt.NDArray[np.float16]:
             logits_NC = self._checked(place, of, first).logits_NC
             if not np.isfinite(logits_NC).all():
-                raise UsageError(
-                    f"{self.rows[place].experiment}/{self.rows[place].name} has logits that are not finite; leave it "
-                    f"out with --candidates \"trial_id != '{self.rows[place].trial_id}'\""
-                )
+                raise NotFinite(self.rows[place], _split_of(of))
             return logits_NC
 
         return read
@@ -141,7 +151,7 @@ class Candidates:
     def _checked(self, place: int, of: type[Predictions], first: Predictions) -> Predictions:
         """A candidate's predictions. Raises UsageError when they are not of the same examples, labels and classes."""
         predictions = self._read(place, of)
-        split = next(split for split, cls in POOLS.values() if cls is of)
+        split = _split_of(of)
         name, other = (f"{c.experiment}/{c.name}" for c in (self.rows[place], self.rows[0]))
         fix = f"leave one of them out, with --experiment or --candidates \"trial_id != '{self.rows[place].trial_id}'\""
         if not np.array_equal(predictions.example_ids_N, first.example_ids_N):
@@ -268,6 +278,7 @@ def _usable(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
 def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
     """The usable trials, a row for each variant with whole predictions; what is left out is named in a warning."""
     usable = _usable(experiment, include_stopped=include_stopped).assign(experiment=experiment.name)
+    usable["train_seconds"] += _teacher_seconds(experiment)
     sizes = {split: size for split, size in experiment.info["split_sizes"].items() if split != "train" and size}
     lacking: dict[str, str] = {}
     rows = []
@@ -292,6 +303,21 @@ def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
             stacklevel=2,
         )
     return pd.DataFrame(rows, columns=[*usable.columns, "variant"])
+
+
+def _teacher_seconds(experiment: Experiment) -> float:
+    """What training the members of an experiment's teacher took; 0 without one, or where it is no longer known."""
+    teacher = experiment.info.get("teacher")
+    if not teacher:
+        return 0.0
+    if teacher["experiment"] not in names(experiment.root.parent):
+        return 0.0
+    beside = Experiment.open(experiment.root.parent, teacher["experiment"])
+    path = beside.ensemble_folder(teacher["ensemble_id"]) / "scores.parquet"
+    if not path.exists():
+        return 0.0
+    scores = pd.read_parquet(path, columns=["chosen", "training_seconds"])
+    return float(scores[scores["chosen"]]["training_seconds"].iloc[0])
 
 
 def _candidate(row: pd.Series) -> Candidate:

@@ -123,6 +123,13 @@ def _recorded_teacher(args: argparse.Namespace) -> dict[str, str]:
     return Experiment.open(args.results_dir, args.name).info.get("teacher") or {}
 
 
+def _newest_distilled(results_dir: str) -> str:
+    for name in reversed(names(results_dir)):
+        if Experiment.open(results_dir, name).info.get("teacher"):
+            return name
+    raise UsageError(f"nothing has been distilled in {results_dir}: there is nothing to resume; leave --resume out")
+
+
 def _newest_with_ensemble(results_dir: str) -> str:
     for name in reversed(names(results_dir)):
         if Experiment.open(results_dir, name).ensemble_ids():
@@ -202,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Distil an ensemble. Returns the exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     console = cli.make_console()
+    if args.resume and args.name is None:
+        args.name = _newest_distilled(args.results_dir)
     teacher = find_teacher(args)
     ensemble = load_ensemble(teacher.folder, device=choose_device(args.device))
     ensemble.check_can_teach()

@@ -121,11 +121,13 @@ def kept_share(records: Sequence[DistillationRecord], ensemble_accuracy: float |
     difference = PairedDifference.of([row.difference for row in rows])
     if difference.low is None:
         return "one seed gives no interval: --resume with --seeds 2 or more"
+    if difference.low == difference.high:
+        return f"accuracy on estimate: the seeds agree to the image ({difference.mean:+.4f}); more of them tell more"
     if not difference.excludes_zero:
         return f"accuracy on estimate: {NO_DIFFERENCE} (student - alone {difference})"
     word = "better" if difference.mean > 0 else "worse"
-    said = f"accuracy on estimate: students {word} than alone by {difference}"
-    if ensemble_accuracy is None:
+    said = f"accuracy on estimate: students are {word} than alone: {difference}"
+    if ensemble_accuracy is None or difference.mean < 0:
         return said
     gain = ensemble_accuracy - statistics.fmean(row.alone_value for row in rows)
     if gain <= 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import logsumexp
 
 from results.schema import FloatArray, IntArray
 from trainables.validation import Probabilities
@@ -34,10 +35,9 @@ class Diversity:
 def diversity(log_probs_MNC: Probabilities, labels_N: IntArray, weights_M: FloatArray) -> Diversity:
     """How members differ on some examples."""
     correct_MN = log_probs_MNC.argmax(2) == labels_N
-    of_label_MN = log_probs_MNC[:, np.arange(len(labels_N)), labels_N]
+    of_label_MN = log_probs_MNC[:, np.arange(len(labels_N)), labels_N].astype(np.float64)
     member_nll = float(-(weights_M @ of_label_MN).mean())
-    with np.errstate(divide="ignore"):
-        pooled_nll = float(-np.log(weights_M @ np.exp(of_label_MN)).mean())
+    pooled_nll = float(-logsumexp(of_label_MN, axis=0, b=weights_M[:, None]).mean())
     return Diversity(
         disagreement=mean_over_pairs(disagreement(log_probs_MNC)),
         q_statistic=mean_over_pairs(q_statistic(correct_MN)),

@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import asdict
+import warnings
+from collections.abc import Set
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from orchestrator import cli
-from orchestrator.candidates import Candidates, choose_experiments, find_candidates
+from orchestrator.candidates import Candidate, Candidates, NotFinite, choose_experiments, find_candidates
 from orchestrator.combination import COMBINERS
 from orchestrator.description import Description
 from orchestrator.diversity import Diversity, diversity
@@ -30,7 +32,7 @@ from orchestrator.returns import cross_fitted, curve, front
 from orchestrator.scoring import num_comparisons, score_rows
 from orchestrator.selection import FOLDS, SELECTORS
 from results.events import EnsembleMade
-from results.schema import ClassAccuracyRecord, UsageError
+from results.schema import ClassAccuracyRecord, DataWarning, UsageError
 from results.store import Experiment
 
 SELECTION_STREAM, INTERVAL_STREAM, CURVE_STREAM, STABILITY_STREAM = range(4)
@@ -81,15 +83,26 @@ def main(arguments: list[str] | None = None) -> int:
     experiments = choose_experiments(args.results_dir, args.experiment, include_stopped=args.include_stopped)
     experiment = next(iter(experiments.values()))
     with experiment.driving():  # no search adds trials from here on
-        candidates, select = find(experiments, args)
-        show(console, make(experiment, candidates, select, args))
+        unsound: set[Candidate] = set()
+        while True:
+            candidates, select = find(experiments, args, without=unsound)
+            try:
+                report = make(experiment, candidates, select, args)
+                break
+            except NotFinite as error:  # seen only now: of the other splits those alone are read that are needed
+                warnings.warn(f"{error}, and is left out of the choice", DataWarning, stacklevel=1)
+                unsound.add(error.candidate)
+        show(console, report)
     return cli.DONE
 
 
-def find(experiments: dict[str, Experiment], args: argparse.Namespace) -> tuple[Candidates, SelectPool]:
+def find(
+    experiments: dict[str, Experiment], args: argparse.Namespace, *, without: Set[Candidate]
+) -> tuple[Candidates, SelectPool]:
     """The candidates with sound predictions, and their pool. Raises UsageError when they are fewer trials than k."""
     found = find_candidates(experiments, k=args.top_k, include_stopped=args.include_stopped, expression=args.candidates)
-    candidates, select = found.read_select()
+    rows = tuple(row for row in found.rows if row not in without)
+    candidates, select = replace(found, rows=rows).read_select()
     if len(select.labels_N) < FOLDS:
         raise UsageError(
             f"{len(select.labels_N)} select images, but choosing is cross-fitted in {FOLDS} parts of them; wanted "
@@ -116,9 +129,10 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
         kinds=[c.kind for c in candidates.rows],
         train_costs=[c.train_cost for c in candidates.rows],
     )
-    # The bonus of `diverse` is drawn with the same numbers as the chosen ensemble's: the curve goes through it.
+    # The bonus of `diverse` is drawn with the same numbers as the chosen ensemble's: without --max-cost the curve goes
+    # through it.
     curve_rows = curve(select, **how, rng=rng(SELECTION_STREAM))
-    stability = cross_fitted(select, **how, rng=rng(STABILITY_STREAM))
+    stability = cross_fitted(select, **how, max_cost=args.max_cost, rng=rng(STABILITY_STREAM))
     ensemble_id = experiment.next_ensemble_id()
     # The choice has been made: only now estimate is read, and then test.
     estimate, test = candidates.load(EstimatePool), candidates.load(TestPool)
@@ -133,6 +147,7 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
             shown, pool, ensemble_id=ensemble_id, candidates=candidates.rows, rng=rng(INTERVAL_STREAM)
         )
     ]
+    searched = [e.trials() for e in candidates.experiments.values()]
     report = Report(
         experiment=experiment,
         ensemble_id=ensemble_id,
@@ -145,6 +160,8 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
         stability=stability,
         diversity=_diversity(rows[0], select),
         comparisons=num_comparisons([*rows, *curve_rows]),
+        num_trials=sum(len(trials) for trials in searched),
+        search_seconds=float(sum(trials["train_seconds"].sum() for trials in searched)),
     )
     description = describe(report, args)
     report.lacking.extend(member.name for member in description.members if not member.weights_file)
@@ -164,7 +181,8 @@ def _diversity(row: Row, select: SelectPool) -> Diversity | None:
     (ensemble,) = row.ensembles
     if len(ensemble.members) > MOST_AT_ONCE:
         return None
-    return diversity(select.log_probs(ensemble.members), select.labels_N, ensemble.weights_M)
+    log_probs_MNC = select.log_probs(ensemble.members, ensemble.combination.temperatures_M)
+    return diversity(log_probs_MNC, select.labels_N, ensemble.weights_M)
 
 
 def describe(report: Report, args: argparse.Namespace) -> Description:

@@ -16,6 +16,8 @@ from orchestrator.returns import Stability
 from results.schema import ScoreRecord
 from results.store import Experiment
 
+ROUNDING = 1e-6
+"""Gains that copies of one model show."""
 MOST_COLUMNS = 8
 """Members between whom the table of disagreement is shown."""
 WIDEST = 1000
@@ -37,6 +39,9 @@ class Report:
     stability: Stability
     diversity: Diversity | None
     comparisons: int
+    num_trials: int
+    search_seconds: float
+    """Of all trials of the experiments, whatever became of them."""
     lacking: list[str] = field(default_factory=list)
     """Members whose weights have been removed."""
 
@@ -110,10 +115,10 @@ def _verdict(report: Report, row: Row) -> str:
         if gain is None or low is None or high is None:
             continue
         p_value = score.chosen_p_value
-        shown = (
-            p_value is None or p_value < 0.05
-        )  # of few examples an interval may exclude zero where the test does not
-        word = "better" if low > 0 and shown else "worse" if high < 0 and shown else "no difference shown"
+        # Of few examples an interval may exclude zero where the test does not.
+        shown = p_value is None or p_value < 0.05
+        better, worse = low > ROUNDING and shown, high < -ROUNDING and shown
+        word = "better" if better else "worse" if worse else "no difference shown"
         tested = "" if score.chosen_p_value is None else f", p {score.chosen_p_value:.2g}"
         parts.append(f"{name} {word} (gain {_gain(gain, low, high)}{tested})")
     names = {"random": "random members", "top": "the most accurate", "seeds": "seeds of one configuration"}
@@ -134,6 +139,8 @@ def _caveats(report: Report) -> list[str]:
         f"optimism, select's figures less estimate's (above zero: it flattered): accuracy {accuracy:+.4f}{nll_text}",
         f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
         f"{cross}; two such choices share {stability.overlap:.0%} of their members",
+        f"what training cost is the members' alone; finding them took {report.num_trials} trials, "
+        f"{_duration(report.search_seconds)}",
         f"{report.comparisons} gains with 95% intervals in accuracy and NLL were computed on estimate; were there "
         f"none, about {report.comparisons / 20:.0f} would exclude zero all the same: quote the first line, above",
     ]
@@ -204,16 +211,18 @@ def _score_table(report: Report, split: str, title: str, rows: Sequence[Row]) ->
 
 def _costs(score: ScoreRecord) -> tuple[str, str, str]:
     """Time of training, multiply-adds and images a second of predicting."""
-    seconds = score.training_seconds
-    trained = (
+    speed = "-" if score.images_per_second is None else f"{score.images_per_second:,.0f}"
+    return _duration(score.training_seconds), _amount(score.multiply_adds), speed
+
+
+def _duration(seconds: float) -> str:
+    return (
         f"{seconds:.0f} s"
         if seconds < 600
         else f"{seconds / 60:.0f} min"
         if seconds < 36000
         else f"{seconds / 3600:.0f} h"
     )
-    speed = "-" if score.images_per_second is None else f"{score.images_per_second:,.0f}"
-    return trained, _amount(score.multiply_adds), speed
 
 
 def _amount(multiply_adds: int) -> str:
@@ -251,7 +260,7 @@ def _with_interval(score: ScoreRecord) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:z.4f}"
 
 
 def _gain_of(score: ScoreRecord) -> str:
@@ -261,4 +270,4 @@ def _gain_of(score: ScoreRecord) -> str:
 
 
 def _gain(value: float, low: float, high: float) -> str:
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{value:+z.4f} [{low:+z.4f}, {high:+z.4f}]"

@@ -14,7 +14,7 @@ import numpy as np
 from orchestrator.combination import COMBINERS, TINY, Combination, Combined
 from orchestrator.metrics import Scored, score
 from orchestrator.pool import Pool, SelectPool, in_threads
-from orchestrator.selection import SELECTORS, Selection, by_rank, random, repeated_best, top, uniform, within_cost
+from orchestrator.selection import Selection, by_rank, random, repeated_best, select_members, top, uniform
 from results.schema import FloatArray, UsageError
 from trainables.validation import Probabilities
 
@@ -128,10 +128,7 @@ def choose(
     ensemble (seeds: at most), which may have fewer than k, all, or several variants of one training. `kinds`,
     `train_costs`: of each candidate. `max_cost`: of predicting with the chosen ensemble, in the pool's units.
     """
-    if max_cost is None:
-        selected = SELECTORS[selection].choose(select, k, rng)
-    else:
-        selected = within_cost(select, k, max_cost, selection, rng)
+    selected = select_members(select, k, selection, rng, max_cost=max_cost)
     rows = [Row("ensemble", selection, (Ensemble.fit(selected, combiner, select),), f"{selection}, {combiner}", True)]
     others = [c for c in COMBINERS if c != combiner and (len(selected.members) <= MOST_AT_ONCE or takes_any_number(c))]
     fitted = in_threads(lambda other: Ensemble.fit(selected, other, select), others)

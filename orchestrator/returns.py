@@ -14,7 +14,7 @@ from orchestrator.ensembling import Ensemble, Row
 from orchestrator.metrics import Scored
 from orchestrator.pareto import non_dominated
 from orchestrator.pool import SelectPool, in_threads
-from orchestrator.selection import FOLDS, SELECTORS
+from orchestrator.selection import FOLDS, SELECTORS, select_members
 from results.schema import IntArray, ScoreRecord
 
 MOST_MEMBERS = 20
@@ -51,7 +51,15 @@ class Stability:
     overlap: float
 
 
-def cross_fitted(select: SelectPool, *, k: int, selection: str, combiner: str, rng: np.random.Generator) -> Stability:
+def cross_fitted(
+    select: SelectPool,
+    *,
+    k: int,
+    selection: str,
+    combiner: str,
+    rng: np.random.Generator,
+    max_cost: float | None = None,
+) -> Stability:
     """Choose and fit on four fifths of select and score the fifth, five times."""
     chosen: list[set[int]] = []
     correct: list[np.ndarray] = []
@@ -61,7 +69,7 @@ def cross_fitted(select: SelectPool, *, k: int, selection: str, combiner: str, r
     def held_out(fold: tuple[tuple[IntArray, IntArray], np.random.Generator]) -> tuple[Ensemble, Scored]:
         (inside, outside), own_rng = fold
         part = select.on(inside)
-        fitted = Ensemble.fit(SELECTORS[selection].choose(part, k, own_rng), combiner, part)
+        fitted = Ensemble.fit(select_members(part, k, selection, own_rng, max_cost=max_cost), combiner, part)
         return fitted, fitted.score(select.on(outside))
 
     for fitted, scored in in_threads(held_out, zip(folds, rng.spawn(FOLDS), strict=True)):

@@ -5,6 +5,7 @@ Shape suffixes: N examples, K columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -134,7 +135,10 @@ def gain(metric: str, figures: Figures, over: Figures) -> Gain:
     if metric not in figures.examples:
         return Gain(sign * (value - other))
     _, interval = INTERVALS[metric]
-    return Gain(sign * (value - other), *interval(sign * (figures.examples[metric] - over.examples[metric])))
+    low, high = interval(sign * (figures.examples[metric] - over.examples[metric]))
+    if not math.isfinite(low):
+        return Gain(sign * (value - other))
+    return Gain(sign * (value - other), low, high)
 
 
 def _interval(metric: str, figures: Figures) -> tuple[float | None, float | None]:

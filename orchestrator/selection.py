@@ -282,6 +282,15 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
+def select_members(
+    pool: SelectPool, k: int, selection: str, rng: np.random.Generator, *, max_cost: float | None = None
+) -> Selection:
+    """At most k members by a selector's name, within a cost of predicting if one is given."""
+    if max_cost is None:
+        return SELECTORS[selection].choose(pool, k, rng)
+    return within_cost(pool, k, max_cost, selection, rng)
+
+
 def within_cost(select: SelectPool, k: int, max_cost: float, selection: str, rng: np.random.Generator) -> Selection:
     """The selection of at most k members within `max_cost` multiply-adds whose mean has the lowest NLL on select.
 

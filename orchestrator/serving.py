@@ -11,6 +11,7 @@ Shape suffixes: M members, N examples, B batch, C channels or classes, H height,
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from orchestrator.combination import COMBINERS, Combined
 from orchestrator.description import FILE_NAME, Description, Member, read_description
 from orchestrator.pooling import POOLS, pooled_log_probs
-from results.schema import FloatArray, IntArray, UsageError
+from results.schema import DataWarning, FloatArray, IntArray, UsageError
 from trainables.backbones import BACKBONES, check_backbone
 from trainables.evaluation import for_evaluation, predict_batches, viewed_logits
 from trainables.image_files import EncodedImage, decode_squares
@@ -53,6 +54,10 @@ def load_ensemble(path: str | Path, *, device: str = "cpu") -> Ensemble:
     Raises UsageError, naming the file, for a description or weights that are missing or damaged, and for an ensemble
     some of whose members' weights had been removed before it was made.
     """
+    try:
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]}); give cpu") from error
     folder = Path(path)
     folder = folder.parent if folder.name == FILE_NAME else folder
     description = read_description(folder)
@@ -185,6 +190,8 @@ class Ensemble:
         shape = (self.description.channels, self.description.image_size)
         if isinstance(images, (str, bytes, Path)):
             raise UsageError("a single image was given; wanted a list of them, such as predict([image])")
+        if not isinstance(images, (np.ndarray, Tensor, Sequence)):
+            raise UsageError(f"images of type {type(images).__name__}; wanted a list of image files, or one array")
         if len(images) == 0:
             raise UsageError("no images were given; wanted one or more")
         if isinstance(images, (np.ndarray, Tensor)):
@@ -240,7 +247,7 @@ def _checked(images: np.ndarray[Any, Any] | Tensor, channels: int, size: int) ->
     wanted = f"wanted [N, {channels}, {size}, {size}] with values in 0 to 255"
     if str(images.dtype).removeprefix("torch.") not in PIXEL_TYPES:
         raise UsageError(f"images of type {images.dtype}; {wanted}, of type uint8 or float32")
-    images_NCHW = images if isinstance(images, Tensor) else shared_tensor(np.ascontiguousarray(images))
+    images_NCHW = images.detach() if isinstance(images, Tensor) else shared_tensor(np.ascontiguousarray(images))
     if images_NCHW.ndim != 4 or tuple(images_NCHW.shape[1:]) != (channels, size, size):
         raise UsageError(
             f"images of shape {list(images_NCHW.shape)}; {wanted}: put the channels before height and width and scale "
@@ -249,6 +256,10 @@ def _checked(images: np.ndarray[Any, Any] | Tensor, channels: int, size: int) ->
     low, high = (float(end) for end in images_NCHW.aminmax())
     if not (low >= 0 and high <= 255):
         raise UsageError(f"images with values from {low:g} to {high:g}; {wanted}: do not normalize them")
+    if images_NCHW.is_floating_point() and high <= 1 and low < high:
+        warnings.warn(
+            f"images with values from {low:g} to {high:g}, all but black; {wanted}", DataWarning, stacklevel=2
+        )
     return images_NCHW
 
 
