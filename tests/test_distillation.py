@@ -260,7 +260,7 @@ def test_a_share_of_the_gain_is_stated_only_where_a_difference_is_shown() -> Non
     assert "%" not in kept_share(records([-0.03, 0.0, 0.09]), 0.86)
     assert "one seed gives no interval" in kept_share(records([0.03]), 0.86)
     assert "the ensemble has no gain over the network alone (-0.1000)" in kept_share(records([0.03, 0.031]), 0.7)
-    assert "students worse than alone" in kept_share(records([-0.03, -0.031]), None)
+    assert "students are worse than alone" in kept_share(records([-0.03, -0.031]), None)
 
 
 # --- the command ---
