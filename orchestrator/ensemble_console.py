@@ -139,7 +139,7 @@ def _caveats(report: Report) -> list[str]:
         f"optimism, select's figures less estimate's (above zero: it flattered): accuracy {accuracy:+.4f}{nll_text}",
         f"stability: chosen on four fifths of select and scored on the fifth, accuracy {stability.accuracy:.4f}"
         f"{cross}; two such choices share {stability.overlap:.0%} of their members",
-        f"what training cost is the members' alone; finding them took {report.num_trials} trials, "
+        f"the time trained is the members' alone; finding them took {report.num_trials} trials, "
         f"{_duration(report.search_seconds)}",
         f"{report.comparisons} gains with 95% intervals in accuracy and NLL were computed on estimate; were there "
         f"none, about {report.comparisons / 20:.0f} would exclude zero all the same: quote the first line, above",
