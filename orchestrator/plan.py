@@ -53,7 +53,7 @@ class SearchPlan:
     halving: str
     num_trials_given: bool = True
     """Whether the number of trials was asked for; else it is the space's, and follows it."""
-    keep_checkpoints: int = 10
+    keep_checkpoints: int = 50
     control_fraction: float = 0.0
     finalists: int = 0
     seeds: int = 1

@@ -32,7 +32,7 @@ from trainables.datasets import SplitImages
 from trainables.learner import check_trainable
 
 DEFAULT_SEED = 0
-DEFAULT_KEEP_CHECKPOINTS = 10
+DEFAULT_KEEP_CHECKPOINTS = 50
 DEFAULT_HALVING = "forecast"
 DEFAULT_CONTROLS = 0.1
 
