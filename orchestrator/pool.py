@@ -30,7 +30,7 @@ from results.schema import (
 )
 from trainables.validation import Probabilities, log_softmax
 
-KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 224 * 2**20
 """Log-probabilities, and likewise logits, that a pool keeps in memory; the rest is computed or read again."""
 
 T = TypeVar("T")

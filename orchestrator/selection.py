@@ -22,6 +22,8 @@ BONUSES = (0.0, 0.03, 0.1, 0.3, 1.0)
 """Nats of NLL that a whole unit of mean disagreement may be worth to `diverse`; cross-validated."""
 FOLDS = 5
 BONUS_FOLDS = 3
+MOST_FOR_BONUS = 64
+"""Candidates among which bonuses are compared, those with the lowest NLL: others would hardly be chosen."""
 MOST_CAPS = 6
 BAGS = 20
 BAG_ROUNDS = 20
@@ -244,6 +246,8 @@ def with_bonus(pool: SelectPool, k: int, *, bonus: float) -> Selection:
 
 def best_bonus(pool: SelectPool, k: int, rng: np.random.Generator) -> float:
     """The bonus whose k members, chosen on two thirds of select, have the lowest NLL on the third."""
+    if len(pool) > MOST_FOR_BONUS:
+        pool = pool.among(np.sort(nll_of_each(pool).argsort(kind="stable")[: max(k, MOST_FOR_BONUS)]))
     held_out_B = np.zeros(len(BONUSES))
     for inside, outside in pool.folds(BONUS_FOLDS, rng):
         part = pool.on(inside)
