@@ -102,6 +102,8 @@ def find(
     """The candidates with sound predictions, and their pool. Raises UsageError when they are fewer trials than k."""
     found = find_candidates(experiments, k=args.top_k, include_stopped=args.include_stopped, expression=args.candidates)
     rows = tuple(row for row in found.rows if row not in without)
+    if not rows:
+        raise UsageError("no candidate has finite logits on every split; search again with a lower learning rate")
     candidates, select = replace(found, rows=rows).read_select()
     if len(select.labels_N) < FOLDS:
         raise UsageError(

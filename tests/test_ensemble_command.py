@@ -329,6 +329,17 @@ def test_no_candidate_with_finite_logits_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "no candidate has finite logits")
 
 
+def test_a_single_candidate_that_turns_out_not_finite_is_refused(tmp_path: Path) -> None:
+    def broken(number: int) -> Variants:
+        variants = {split: logits_of(number, split) for split in SPLITS}
+        variants["test"][0, 0] = np.nan
+        return {"best": variants}
+
+    stored(tmp_path, broken, num_models=1)
+    with pytest.warns(DataWarning, match="invented/t00000 has test logits that are not finite, and is left out"):
+        refused(tmp_path, "no candidate has finite logits on every split", "--experiment", "invented", "--top-k", "1")
+
+
 def test_a_file_with_fewer_rows_than_the_split_is_named_and_left_out(tmp_path: Path) -> None:
     experiment = stored(tmp_path)
     rewritten(experiment, "t00003", lambda split, logits, labels, ids: (logits[:-5], labels[:-5], ids[:-5]))
