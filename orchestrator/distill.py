@@ -34,7 +34,8 @@ from trainables.distillation import DistilledImages
 from trainables.resident import TrainingImages
 
 DISTILL_FIELDS = ("distill_weight", "distill_temperature")
-DEFAULT_WEIGHT, DEFAULT_TEMPERATURE = 0.9, 4.0
+DEFAULT_WEIGHT, DEFAULT_TEMPERATURE = 0.5, 1.0
+"""What did least harm on short trainings, where both were tried; longer ones may want 0.9 and 4."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

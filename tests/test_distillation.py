@@ -312,7 +312,7 @@ def test_students_and_their_controls_are_recorded_in_pairs(finished: Path) -> No
     assert students["status"].tolist() == alone["status"].tolist() == ["completed"] * 2
     same = [name for name in students if name.startswith("config.") and "distill" not in name]
     assert students[same].equals(alone[same])
-    assert students["config.distill_weight"].tolist() == [0.9] * 2
+    assert students["config.distill_weight"].tolist() == [0.5] * 2
     assert alone["config.distill_weight"].tolist() == [0.0] * 2
     assert (students["origin"] == "recipe").all()
 
