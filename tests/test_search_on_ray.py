@@ -106,7 +106,8 @@ def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarra
         list(itertools.islice(training, epochs))
     finally:
         torch.set_num_threads(threads)
-    return pd.read_parquet(files.predictions).query("split == 'select'")["logits"].to_numpy()
+    of_best = pd.read_parquet(files.predictions).query("split == 'select' and variant == 'best'")
+    return of_best["logits"].to_numpy()
 
 
 def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
