@@ -298,8 +298,8 @@ def test_a_search_and_its_ensemble_from_the_command_line(tmp_path: Path, command
     made = command("orchestrator.ensemble", *next_command[3:])
     assert made.returncode == 0, made.stdout + made.stderr
     for heading in (
-        "estimate: read once, after choosing (117 images)",
-        "test: scored once, never chosen on (359 images)",
+        "estimate: read once, after choosing (117 images;",
+        "test: scored once, never chosen on (359 images;",
     ):
         assert heading in made.stdout
     root = tmp_path / "results" / "runs" / "digits"
