@@ -119,12 +119,3 @@ def _counted(file: pq.ParquetFile) -> list[tuple[str, Split, int]]:
     keys = file.read(columns=list(KEYS), use_threads=False)
     rows = keys.group_by(list(KEYS), use_threads=False).aggregate([([], "count_all")]).to_pylist()
     return [(row["variant"], row["split"], row["count_all"]) for row in rows]
-
-
-def is_readable(path: Path) -> bool:
-    """Whether the file is there and whole, as far as its footer tells."""
-    try:
-        pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return True

@@ -28,7 +28,7 @@ from results.history import History, TrialHistory
 from results.lock import ExperimentLocked as ExperimentLocked
 from results.lock import locked, read_generation
 from results.parts import Tables, part_paths
-from results.predictions import is_readable, predictions_bytes, read_predictions, stored_counts
+from results.predictions import predictions_bytes, read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
     ClassAccuracyRecord,
@@ -306,10 +306,6 @@ class Experiment:
         Raises UsageError, naming the file, when it is missing or damaged.
         """
         return stored_counts(self._predictions_path(trial_id))
-
-    def has_readable_predictions(self, trial_id: str) -> bool:
-        """Whether a trial's predictions are there and whole, as far as the file's footer tells."""
-        return is_readable(self._predictions_path(trial_id))
 
     def _predictions_path(self, trial_id: str) -> Path:
         return self.root / "predictions" / f"{trial_id}.parquet"

@@ -310,7 +310,7 @@ def test_logits_that_are_not_finite_are_named_left_out_and_counted(value: float,
         refused(tmp_path, "--top-k 5 but only 4 trials have sound predictions; lower it", "--top-k", "5")
 
 
-def test_a_chosen_member_with_broken_logits_on_another_split_is_named_with_the_fix(tmp_path: Path) -> None:
+def test_a_member_with_broken_logits_on_another_split_is_named_and_left_out(tmp_path: Path) -> None:
     def broken(number: int) -> Variants:
         variants = {split: logits_of(number, split) for split in SPLITS}
         if number == 2:
