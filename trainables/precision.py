@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from results.schema import UsageError
 from trainables.config import TrainConfig
@@ -24,6 +25,16 @@ def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which a model's forward pass runs."""
     name = resolved(precision, device)
     return torch.autocast(device, dtype=LOW.get(name, torch.bfloat16), enabled=name in LOW)
+
+
+def weights_type(precision: str) -> torch.dtype:
+    """The number type that weights are kept in."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor of float32, or as it is where it is of float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager
@@ -50,6 +61,8 @@ def check_execution(config: TrainConfig, device: str) -> None:
         raise UsageError(
             "precision=float16 on a CPU: half precision trains on GPUs only; use float32, or --device cuda"
         )
+    if config.precision == "float64" and device == "mps":
+        raise UsageError("precision=float64 on mps, which has no such numbers; use float32, or --device cpu")
     if config.cuda_graph and device != "cuda":
         raise UsageError(f"cuda_graph=true on {device}: only NVIDIA GPUs have CUDA graphs; leave it out")
     if config.cuda_graph and config.unfreeze_epochs:
