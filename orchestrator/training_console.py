@@ -43,8 +43,11 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         )
         steps = len(data.train) // batch_size_of(config, data)
         self._task = self._bar.add_task("steps", total=config.max_epochs * steps, completed=after_epoch * steps)
+        self._steps = steps
         self._epochs = 0
         self._started = time.monotonic()
+        self.peak_flops: float | None = None
+        """Of all devices together, where it is known: epochs then show how much of it is used."""
 
     def __enter__(self) -> TrainingConsole:
         self._bar.start()
@@ -57,6 +60,19 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         """One more step has been handed to the device."""
         self._bar.advance(self._task)
 
+    def advanced(self, epoch: int, steps: int) -> None:
+        """So many steps of an epoch have been handed to the devices."""
+        self._bar.update(self._task, completed=(epoch - 1) * self._steps + steps)
+
+    def begin(self) -> None:
+        """What is left is estimated from what is trained from now on."""
+        self._epochs = 0
+        self._started = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._console.print(Text(line), soft_wrap=True)
+
     def epoch(self, result: EpochResult) -> None:
         """Print an epoch's figures and the time left."""
         self._epochs += 1
@@ -65,6 +81,9 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         if result.val_accuracy is not None:
             figures.append(f"val {result.val_accuracy:.4f}")
         figures.append(f"{result.images_per_second:,.0f} images/s")
+        if self.peak_flops is not None:
+            used = 6 * result.multiply_adds * result.images_per_second / self.peak_flops
+            figures.append(f"MFU {used:.1%}")
         figures.append(f"about {duration(left)} left")
         self._console.print(Text(f"epoch {result.epoch}/{self._max_epochs}  " + "  ".join(figures)), soft_wrap=True)
 

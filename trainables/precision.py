@@ -14,6 +14,15 @@ from trainables.config import TrainConfig
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Of bfloat16, dense, by the vendor's datasheets; by a part of the device's name, the first that fits."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What a device can do in a second at most, in bfloat16; None when it is not known."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
 def resolved(precision: str, device: str) -> str:
     """`auto` settled: bfloat16 on a GPU, float32 elsewhere."""
     if precision != "auto":

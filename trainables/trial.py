@@ -13,6 +13,7 @@ import torch
 
 from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
+from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 from trainables.course import Leg, Progress, whole, whole_so_far
 from trainables.datasets import SplitImages
@@ -120,6 +121,28 @@ def _drop_other_snapshots(progress: Progress, files: TrialFiles) -> None:
     for number in range(1, len(progress.results) + 1):
         if number not in (*progress.numbers, *progress.trunk_numbers):
             files.remove(files.weights(snapshot(number)))
+
+
+def check_resumable(config: TrainConfig, split: SplitImages, path: Path) -> None:
+    """Raise UsageError when a resume file, if there is one, is not of the network that a configuration trains."""
+    if not path.exists():
+        return
+    stored = {name: tuple(tensor.shape) for name, tensor in _read_resume_file(path, "cpu")["model"].items()}
+    with torch.device("meta"):
+        backbone = BACKBONES[config.backbone](
+            num_classes=split.num_classes,
+            dropout=config.dropout,
+            image_size=split.image_size,
+            channels=split.channels,
+        )
+    wanted = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    for name, shape in wanted.items():
+        if stored.get(name) != shape:
+            raise UsageError(
+                f"{path} is of another network than {config.backbone} (it has {name} of shape "
+                f"{stored.get(name, 'none')}, not {shape}); put the right one back, or remove it and resume again: the "
+                f"trial is then trained anew, and its recorded epochs stay"
+            )
 
 
 def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
