@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from orchestrator.pool import KEPT_BYTES, POOLS, AnyPool, SelectPool, StoredLogits, Summary, in_threads, summarize
+from results.predictions import SEEN_FROM_VIEWS
 from results.schema import DataWarning, FloatArray, IntArray, Predictions, SelectPredictions, UsageError
 from results.store import Experiment, names
 from trainables.config import NUM_VIEWS
@@ -272,7 +273,7 @@ def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
 
 
 def _candidate(row: pd.Series) -> Candidate:
-    views = NUM_VIEWS[row["config.test_time_augmentation"]] if row["variant"] == "tta" else 1
+    views = NUM_VIEWS[row["config.test_time_augmentation"]] if row["variant"] in SEEN_FROM_VIEWS else 1
     speed = row["inference_images_per_second"]
     return Candidate(
         experiment=row["experiment"],
@@ -314,7 +315,7 @@ class Cost:
 def cost_of(members: Sequence[Candidate]) -> Cost:
     """What some models cost together."""
     trained = {(c.experiment, c.trial_id): c for c in members}.values()
-    stored = {(c.experiment, c.trial_id, "best" if c.variant == "tta" else c.variant): c for c in members}.values()
+    stored = {(c.experiment, c.trial_id, SEEN_FROM_VIEWS.get(c.variant, c.variant)): c for c in members}.values()
     seconds_an_image = [1 / c.images_per_second if c.images_per_second else np.inf for c in members]
     return Cost(
         train_seconds=sum(c.train_seconds for c in trained),

@@ -222,7 +222,7 @@ def interrupted(args: argparse.Namespace, name: str, console: Console) -> int:
 
 
 class WorkersFailed(RuntimeError):
-    """Workers failed again and again, and no epoch came of it."""
+    """A group of workers came to an end before the training did."""
 
 
 def stopped_by(args: argparse.Namespace, error: OSError | WorkersFailed) -> int:

@@ -20,7 +20,7 @@ from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.recipes import Recipe
+from trainables.recipes import RECIPES, Recipe
 from trainables.resident import batch_size_of
 from trainables.validation import log_softmax
 
@@ -113,10 +113,24 @@ def print_results(console: Console, experiment: Experiment) -> int:
                     shown = [f"{figures[name]:.4f}" for name in MEANS]
                     table.add_row(split, variant, f"{len(found.labels_N):,}", *shown)
         console.print(table)
+    _print_published(console, experiment)
     if row["regularization_verdict"]:
         console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
     console.print(f"{experiment.root}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
     return cli.DONE
+
+
+def _print_published(console: Console, experiment: Experiment) -> None:
+    """What was published for the experiment's recipe, and what the figures above it are."""
+    recipe = RECIPES.get(experiment.info["space"]["name"])
+    if recipe is None:
+        return
+    if not experiment.info["split_sizes"]["select"]:
+        said = "trained on all images; test is that of the last epoch, and nothing was chosen"
+    else:
+        said = "the epoch was chosen on select, which training did not see; test was not looked at for it"
+    for line in (said, f"published for {experiment.info['space']['name']}: {recipe.published}"):
+        console.print(Text(line), soft_wrap=True)
 
 
 def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:

@@ -181,7 +181,7 @@ def _train(
         clerk = Clerk(ledger, assignment.trial_id, shown)
         fit = Fit(task, workers, scratch)
         asked_at: float | None = None
-        while fit.running:
+        while fit.running and not clerk.gave_up:
             if asked_at is None and cli.INTERRUPTS.arrived:
                 ray.get(task.mailbox.stop.remote())
                 asked_at = time.monotonic()
@@ -238,9 +238,11 @@ class Clerk:
         self._num_workers = 0
         self._fruitless = 0
         self._reason = ""
+        self.gave_up = False
+        """Whether the workers have failed so often that the trial is recorded as failed."""
 
     def read(self, letters: list[Letter]) -> None:
-        """Act on letters. Raises UsageError, OSError or WorkersFailed where there is no use in going on."""
+        """Act on letters. Raises UsageError or OSError, with the trial failed or not, for what the user can mend."""
         for letter in letters:
             match letter:
                 case Began():
@@ -274,8 +276,7 @@ class Clerk:
             self._ledger.retried(self._trial_id, reason)
             if self._fruitless > FRUITLESS_RESTARTS:
                 self._ledger.failed(self._trial_id, reason)
-                self._ledger.experiment.record(ExperimentStopped(at=time.time(), state="finished"))
-                raise driver.WorkersFailed(reason)
+                self.gave_up = True
         self._reason = ""
 
     def _trained(self, letter: Trained) -> None:

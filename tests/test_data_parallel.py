@@ -148,14 +148,15 @@ def test_compressed_gradients_train_a_little_otherwise(few_digits: SplitImages, 
     np.testing.assert_allclose(compressed, plain, rtol=0.02)
 
 
+@pytest.mark.parametrize("steps", [5, 7])  # of 5 in an epoch
 def test_a_paused_training_gone_on_with_equals_one_never_paused_to_the_bit(
-    few_digits: SplitImages, tmp_path: Path
+    steps: int, few_digits: SplitImages, tmp_path: Path
 ) -> None:
     config = replace(AUGMENTED, precision="float32", backbone="small_cnn")
     whole = trained_by(1, config, few_digits, tmp_path / "whole")
-    begun = trained_by(1, config, few_digits, tmp_path / "paused", pause_after=7)
+    begun = trained_by(1, config, few_digits, tmp_path / "paused", pause_after=steps)
     rest = trained_by(1, config, few_digits, tmp_path / "paused")
-    assert [len(begun.losses), len(rest.losses)] == [7, 3]
+    assert [len(begun.losses), len(rest.losses)] == [steps, 10 - steps]
     timed = ("epoch_seconds", "images_per_second", "inference_images_per_second", "peak_memory_bytes")
     assert [{k: v for k, v in e.items() if k not in timed} for e in rest.epochs] == [
         {k: v for k, v in e.items() if k not in timed} for e in whole.epochs

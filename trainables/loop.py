@@ -129,7 +129,7 @@ def train_epoch(
     if steps is None:  # outside the handler, whose traceback holds the failed step's activations
         raise advice_on_memory(config, data)
     epoch_seconds = time.perf_counter() - state.epoch_began
-    state.begun = BegunEpoch()
+    state.begun, state.steps_taken = BegunEpoch(), 0
     select, inference_rate = _timed_select(config, data, state.evaluated)
     result = EpochResult(
         epoch=len(state.results) + 1,
@@ -186,9 +186,9 @@ def train_steps(
     image_size = image_size_in(epoch, full_size=data.split.image_size, config=config)
     with seeded(int(generator(config, epoch=epoch, stream=DROPOUT, key=key).integers(2**62)), data.device):
         for step, (images_BCHW, targets) in enumerate(data.batches(config, epoch=epoch, image_size=image_size)):
+            lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, batch_size=batch_size, config=config)
             if step < begun.steps:
                 continue
-            lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, batch_size=batch_size, config=config)
             learner.step(images_BCHW, targets, lr=lr)
             state.steps_taken = step + 1
             on_step()
