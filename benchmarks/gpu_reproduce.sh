@@ -29,7 +29,7 @@ step() { # train, or go on; exit status 0: done, 130: run the same step again
     [[ -d $results/$name ]] && resume=(--resume)
     local status=0
     # shellcheck disable=SC2086  # EXTRA is several words
-    timeout --foreground --signal=TERM "$seconds" "$python" -m orchestrator.train resnet50_large_batch \
+    timeout --foreground --preserve-status --signal=TERM "$seconds" "$python" -m orchestrator.train resnet50_large_batch \
         --data-dir "$data" --results-dir "$results" --name "$name" "${workers[@]}" "${resume[@]}" \
         --set "${settings[@]}" ${EXTRA:-} || status=$?
     [[ $status != 130 ]] || echo "this step's time is up; run it again to go on"

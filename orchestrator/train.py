@@ -18,6 +18,7 @@ if __name__ == "__main__":  # torch reads it once, when it is imported: idle thr
 
 import argparse
 import hashlib
+import importlib.util
 import sys
 
 from orchestrator import cli, driver
@@ -49,11 +50,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="as many workers as there is room for, which may change",
     )
     parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="with workers: also write every epoch's figures for TensorBoard"
+    )
     args = parser.parse_args(arguments)
     if not args.list and args.recipe is None:
         parser.error("wanted a RECIPE, or --list to see them")
     if args.address is not None and not has_workers(args):
         parser.error("--address is for --num-workers or --elastic: give one of them")
+    if args.tensorboard and not has_workers(args):
+        parser.error("--tensorboard is for --num-workers or --elastic: give one of them")
+    if args.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        parser.error("--tensorboard wants tensorboardX, which is not installed: pip install tensorboardX")
     return args
 
 

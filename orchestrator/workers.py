@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from orchestrator.plan import SearchPlan
 from orchestrator.searcher import ray_cluster
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
-from results.schema import UsageError
+from results.schema import EpochResult, UsageError
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -42,6 +43,7 @@ TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a minute by default, which a busy machine takes to import torch
 }
 RESIZE_SECONDS = 30.0
 
@@ -107,7 +109,7 @@ def drive(
                 data=reference,
                 mailbox=ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=_here()).remote(),
             )
-            _train(ledger, assignment, task, data, console, workers=workers)
+            _train(ledger, assignment, task, data, args, console, workers=workers)
         experiment.record(ExperimentStopped(at=time.time(), state="finished"))
     return experiment
 
@@ -171,14 +173,26 @@ def _here() -> NodeAffinitySchedulingStrategy:
 
 
 def _train(
-    ledger: Ledger, assignment: Assignment, task: Task, data: SplitImages, console: Console, *, workers: Workers
+    ledger: Ledger,
+    assignment: Assignment,
+    task: Task,
+    data: SplitImages,
+    args: argparse.Namespace,
+    console: Console,
+    *,
+    workers: Workers,
 ) -> None:
     """Train one trial. Raises Interrupted once the workers have stopped, UsageError for what the user can mend."""
     config = TrainConfig(**assignment.config)  # type: ignore[arg-type]  # written by to_dict
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="train-", ignore_cleanup_errors=True))
         shown = stack.enter_context(TrainingConsole(console, config, data, after_epoch=assignment.epochs_recorded))
-        clerk = Clerk(ledger, assignment.trial_id, shown)
+        tell = [shown.epoch]
+        if args.tensorboard:
+            from orchestrator.scalars import Scalars  # an optional extra
+
+            tell.append(stack.enter_context(Scalars(ledger.experiment, assignment.trial_id)).epoch)
+        clerk = Clerk(ledger, assignment.trial_id, shown, tell)
         fit = Fit(task, workers, scratch)
         asked_at: float | None = None
         while fit.running and not clerk.gave_up:
@@ -233,8 +247,11 @@ class Fit:
 class Clerk:
     """Writes down what workers tell of one trial."""
 
-    def __init__(self, ledger: Ledger, trial_id: str, shown: TrainingConsole) -> None:
-        self._ledger, self._trial_id, self._shown = ledger, trial_id, shown
+    def __init__(
+        self, ledger: Ledger, trial_id: str, shown: TrainingConsole, tell: Sequence[Callable[[EpochResult], None]]
+    ) -> None:
+        """`tell`: whom to tell of an epoch that has been recorded."""
+        self._ledger, self._trial_id, self._shown, self._tell = ledger, trial_id, shown, tell
         self._num_workers = 0
         self._fruitless = 0
         self._reason = ""
@@ -283,7 +300,8 @@ class Clerk:
         if letter.result.epoch > self._ledger.experiment.history.trials[self._trial_id].last_epoch:
             self._fruitless = 0
             self._ledger.report(self._trial_id, letter.result, node=letter.node)
-            self._shown.epoch(letter.result)
+            for tell in self._tell:
+                tell(letter.result)
 
     def _left(self, letter: Left) -> None:
         if letter.cause == "usage":

@@ -246,6 +246,10 @@ class Experiment:
         """The journal file that optuna-dashboard opens."""
         return self.root / "study.journal"
 
+    def tensorboard_folder(self, trial_id: str) -> Path:
+        """Where TensorBoard finds a trial's figures, if they were asked for."""
+        return self.root / "tensorboard" / trial_id
+
     def files(self, trial_id: str) -> TrialFiles:
         """Where the worker of a trial writes."""
         return TrialFiles(str(self.root.absolute()), trial_id, self.generation)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scaling import LINK_BYTES, TARGETS, projection
 
 from results.schema import SelectPredictions, UsageError
 from results.store import TrialFiles
@@ -258,3 +259,23 @@ def test_a_trial_kept_in_the_background_is_gone_on_with_to_the_bit(few_digits: S
         losses = [next(training).train_loss]
     losses += [r.train_loss for r in run_trial(config, data, files=files, epochs_recorded=1)]
     assert losses == expected
+
+
+# --- the projection of benchmarks/scaling.py ---
+
+
+def test_a_projection_is_the_line_through_the_steps_and_the_bytes_over_the_link() -> None:
+    # A step is 0.01 s and 0.001 s an image: of 2048 on 8 devices 0.01 + 0.256 s. A ring of 8 sends 2 x 7/8 of 4.5 GB.
+    step_of = {share: 0.01 + 0.001 * share for share in (2048, 1024, 512)}
+    rows = projection(
+        replace(AUGMENTED, batch_size=2048), step_of=step_of, input_of_image=0.0, gradient_bytes=4_500_000_000
+    )
+    assert len(rows) == 2 * len(TARGETS) * len(LINK_BYTES)
+    by_key = {(row["workers"], row["link"], row["exchange_hidden"]): row for row in rows}
+    link = next(name for name, speed in LINK_BYTES.items() if speed == 450e9)
+    shown = by_key[8, link, False]
+    assert shown["exchange_seconds"] == pytest.approx(2 * 7 / 8 * 4.5e9 / 450e9)
+    assert shown["images_per_second"] == pytest.approx(2048 / (0.266 + 0.0175))
+    assert shown["efficiency"] == pytest.approx(2.058 / (0.266 + 0.0175) / 8)
+    assert by_key[8, link, True]["images_per_second"] == pytest.approx(2048 / 0.266)
+    assert {row["kind"] for row in rows} == {"projection"}

@@ -172,6 +172,7 @@ def test_what_ray_cannot_serve_makes_no_experiment(tmp_path: Path, command: Comm
         (["--elastic", "4"], "'4': wanted MIN:MAX, such as 1:8"),
         (["--num-workers", "0"], "wanted a whole number, 1 or more"),
         (["--num-workers", "2", "--elastic", "1:2"], "not allowed with argument"),
+        (["--tensorboard"], "--tensorboard is for --num-workers or --elastic: give one of them"),
         (["--address", "auto"], "--address is for --num-workers or --elastic: give one of them"),
     ],
 )
