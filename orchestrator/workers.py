@@ -305,6 +305,8 @@ class Clerk:
 
     def _left(self, letter: Left) -> None:
         if letter.cause == "usage":
+            raise UsageError(letter.text)
+        if letter.cause == "does_not_fit":
             self._ledger.failed(self._trial_id, letter.text)
             self._ledger.experiment.record(ExperimentStopped(at=time.time(), state="finished"))
             raise UsageError(f"{letter.text}; with another --name")

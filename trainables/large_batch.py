@@ -30,6 +30,7 @@ from trainables.config import TrainConfig
 from trainables.course import legs_from
 from trainables.loop import TrainState
 from trainables.mailbox import Advanced, Began, Left, Letter, Trained
+from trainables.memory import DoesNotFit
 from trainables.parallel import Agreement, Paused, Ranks
 from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial, serialized
@@ -102,7 +103,7 @@ def train_share(settings: dict[str, Any]) -> None:
             return
         raise Preempted("a worker was told to stop") from paused
     except UsageError as error:
-        task.post(Left(ranks.rank, "usage", str(error)))
+        task.post(Left(ranks.rank, "does_not_fit" if isinstance(error, DoesNotFit) else "usage", str(error)))
         raise
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_FULL

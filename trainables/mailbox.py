@@ -37,11 +37,12 @@ class Trained:
 class Left:
     """A worker has stopped before the end: as it was told to, or because something failed.
 
-    `cause`: `paused`; `usage`, what the user can mend; `disk`, a full one; or `error`.
+    `cause`: `paused`; `does_not_fit`, a batch too large for the memory; `usage`, what else the user can mend; `disk`, a
+    full one; or `error`.
     """
 
     rank: int
-    cause: Literal["paused", "usage", "disk", "error"]
+    cause: Literal["paused", "does_not_fit", "usage", "disk", "error"]
     text: str
 
 
