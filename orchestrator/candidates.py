@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from orchestrator.pool import KEPT_BYTES, POOLS, AnyPool, SelectPool, StoredLogits, Summary, in_threads, summarize
+from results.predictions import SEEN_FROM_VIEWS
 from results.schema import DataWarning, FloatArray, IntArray, Predictions, SelectPredictions, Split, UsageError
 from results.store import Experiment, names
 from trainables.config import NUM_VIEWS
@@ -47,7 +48,7 @@ class Candidate:
     @property
     def weights(self) -> tuple[str, str, str]:
         """What names its weights: test-time augmentation looks at more views with the same ones."""
-        return self.experiment, self.trial_id, "best" if self.variant == "tta" else self.variant
+        return self.experiment, self.trial_id, SEEN_FROM_VIEWS.get(self.variant, self.variant)
 
     @property
     def name(self) -> str:
@@ -321,7 +322,7 @@ def _teacher_seconds(experiment: Experiment) -> float:
 
 
 def _candidate(row: pd.Series) -> Candidate:
-    views = NUM_VIEWS[row["config.test_time_augmentation"]] if row["variant"] == "tta" else 1
+    views = NUM_VIEWS[row["config.test_time_augmentation"]] if row["variant"] in SEEN_FROM_VIEWS else 1
     speed = row["inference_images_per_second"]
     return Candidate(
         experiment=row["experiment"],

@@ -53,6 +53,11 @@ class Interrupts:
         finally:
             self._deferred = False
 
+    @property
+    def arrived(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._arrived
+
     def check(self) -> None:
         """Raise Interrupted if a signal has arrived."""
         if self._arrived:
@@ -112,6 +117,14 @@ def _whole(text: str, *, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, {least} or more")
     return value
+
+
+def range_of_counts(text: str) -> tuple[int, int]:
+    """An argument type: MIN:MAX, whole numbers from 1 on, the first one not above the second."""
+    least, _, most = text.partition(":")
+    if not (least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most)):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted MIN:MAX, such as 1:8")
+    return int(least), int(most)
 
 
 def fraction_or_zero(text: str) -> float:

@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         except cli.Interrupted:
             return driver.interrupted(args, part.name, console)
         except OSError as error:
-            return driver.disk_failed(args, error)
+            return driver.stopped_by(args, error)
         finished.append(done)
     return conclude(finished, teacher, console)
 

@@ -221,10 +221,15 @@ def interrupted(args: argparse.Namespace, name: str, console: Console) -> int:
     return cli.INTERRUPTED
 
 
-def disk_failed(args: argparse.Namespace, error: OSError) -> int:
-    """Say that the disk did not take what was written, and how to go on."""
+class WorkersFailed(RuntimeError):
+    """A group of workers came to an end before the training did."""
+
+
+def stopped_by(args: argparse.Namespace, error: OSError | WorkersFailed) -> int:
+    """Say that the disk did not take what was written, or that workers failed, and how to go on."""
+    last_line = str(error).strip().splitlines()[-1]
     print(
-        f"error: {error}\nwhat has been recorded is safe. Mend that, then go on:\n  {command_to_resume(args)}",
+        f"error: {last_line}\nwhat has been recorded is safe. Mend that, then go on:\n  {command_to_resume(args)}",
         file=sys.stderr,
     )
     return cli.FAILED

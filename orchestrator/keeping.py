@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.combination import Combination
 from orchestrator.description import Description, Member, image_shape
 from results.files import link_file
+from results.predictions import SEEN_FROM_VIEWS
 from results.store import Experiment
 from trainables.config import TrainConfig
 
@@ -56,7 +57,7 @@ class Chosen:
             weight=self.weight,
             temperature=temperature,
             weights_file=weights_file,
-            views=self.config.test_time_augmentation if self.variant == "tta" else "none",
+            views=self.config.test_time_augmentation if self.variant in SEEN_FROM_VIEWS else "none",
             config=self.config.to_dict(),
         )
 

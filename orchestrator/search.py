@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     except cli.Interrupted:
         return driver.interrupted(args, name, console)
     except OSError as error:
-        return driver.disk_failed(args, error)
+        return driver.stopped_by(args, error)
     print_summary(console, ledger)
     print_audit(console, ledger)
     return conclude(ledger, args, console)

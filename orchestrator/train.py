@@ -3,6 +3,10 @@
 python -m orchestrator.train --list
 python -m orchestrator.train resnet44v2 --data-dir DIR
 python -m orchestrator.train speedrun --data-dir DIR --set max_epochs=4 warmup_epochs=1
+python -m orchestrator.train resnet50_large_batch --data-dir DIR --num-workers 8
+
+With --num-workers or --elastic, Ray Train divides every batch among so many workers, one a GPU or CPU, and the trial is
+of stage large_batch. Without, this process trains, and Ray is not needed.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ if __name__ == "__main__":  # torch reads it once, when it is imported: idle thr
 
 import argparse
 import hashlib
+import importlib.util
 import sys
 
 from orchestrator import cli, driver
 from orchestrator.plan import SearchPlan
 from orchestrator.training import drive
 from orchestrator.training_console import print_recipes, print_results
+from results.schema import UsageError
 from search_spaces.space import Budget, NamedSpace, SearchSpace
 from trainables.recipes import RECIPES, recipe_named
 
@@ -35,10 +41,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="the experiment's name (default: the recipe's)")
     parser.add_argument("--seed", type=cli.count_or_zero, help="default: the recipe's")
     cli.add_threads(parser)
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument("--num-workers", type=cli.count, metavar="N", help="workers that divide every batch")
+    workers.add_argument(
+        "--elastic",
+        type=cli.range_of_counts,
+        metavar="MIN:MAX",
+        help="as many workers as there is room for, which may change",
+    )
+    parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="with workers: also write every epoch's figures for TensorBoard"
+    )
     args = parser.parse_args(arguments)
     if not args.list and args.recipe is None:
         parser.error("wanted a RECIPE, or --list to see them")
+    if args.address is not None and not has_workers(args):
+        parser.error("--address is for --num-workers or --elastic: give one of them")
+    if args.tensorboard and not has_workers(args):
+        parser.error("--tensorboard is for --num-workers or --elastic: give one of them")
+    if args.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        parser.error("--tensorboard wants tensorboardX, which is not installed: pip install tensorboardX")
     return args
+
+
+def has_workers(args: argparse.Namespace) -> bool:
+    """Whether Ray Train's workers are to train."""
+    return args.num_workers is not None or args.elastic is not None
 
 
 def plan_from(args: argparse.Namespace) -> SearchPlan:
@@ -47,6 +76,11 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
     overrides = driver.overrides_from(args, "dataset", "train_fraction", "max_epochs")
     config = recipe.config
     config.having(overrides)  # checks them
+    if has_workers(args) and args.dataset not in (None, config.dataset) and ":" not in args.dataset:
+        raise UsageError(
+            f"--dataset {args.dataset}, but recipe {args.recipe} is for {config.dataset}, as is what was published for "
+            f"it; choose another recipe, or say --set dataset={args.dataset} to train it there all the same"
+        )
     space = SearchSpace(
         base=config,
         dimensions={},
@@ -61,7 +95,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         num_trials=None,
         seed=config.seed if args.seed is None else args.seed,
         halving="none",
-        stage="single",
+        stage="large_batch" if has_workers(args) else "single",
     )
 
 
@@ -77,11 +111,17 @@ def main(arguments: list[str] | None = None) -> int:
     experiment, plan = driver.open_or_check_new(args, plan, name)
     data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
     try:
-        experiment = drive(experiment, plan, data, args, console, name=name)
+        if has_workers(args):
+            from orchestrator import workers  # and Ray, which nobody else has to import
+
+            group = workers.Workers(*(args.elastic or (args.num_workers, args.num_workers)))
+            experiment = workers.drive(experiment, plan, data, args, console, name=name, workers=group)
+        else:
+            experiment = drive(experiment, plan, data, args, console, name=name)
     except cli.Interrupted:
         return driver.interrupted(args, name, console)
-    except OSError as error:
-        return driver.disk_failed(args, error)
+    except (OSError, driver.WorkersFailed) as error:
+        return driver.stopped_by(args, error)
     return print_results(console, experiment)
 
 

@@ -20,7 +20,7 @@ from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.recipes import Recipe
+from trainables.recipes import RECIPES, Recipe
 from trainables.resident import batch_size_of
 from trainables.validation import log_softmax
 
@@ -43,8 +43,11 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         )
         steps = len(data.train) // batch_size_of(config, data)
         self._task = self._bar.add_task("steps", total=config.max_epochs * steps, completed=after_epoch * steps)
+        self._steps = steps
         self._epochs = 0
         self._started = time.monotonic()
+        self.peak_flops: float | None = None
+        """Of all devices together, where it is known: epochs then show how much of it is used."""
 
     def __enter__(self) -> TrainingConsole:
         self._bar.start()
@@ -57,6 +60,19 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         """One more step has been handed to the device."""
         self._bar.advance(self._task)
 
+    def advanced(self, epoch: int, steps: int) -> None:
+        """So many steps of an epoch have been handed to the devices."""
+        self._bar.update(self._task, completed=(epoch - 1) * self._steps + steps)
+
+    def begin(self) -> None:
+        """What is left is estimated from what is trained from now on."""
+        self._epochs = 0
+        self._started = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._console.print(Text(line), soft_wrap=True)
+
     def epoch(self, result: EpochResult) -> None:
         """Print an epoch's figures and the time left."""
         self._epochs += 1
@@ -65,6 +81,9 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         if result.val_accuracy is not None:
             figures.append(f"val {result.val_accuracy:.4f}")
         figures.append(f"{result.images_per_second:,.0f} images/s")
+        if self.peak_flops is not None:
+            used = 6 * result.multiply_adds * result.images_per_second / self.peak_flops
+            figures.append(f"MFU {used:.1%}")
         figures.append(f"about {duration(left)} left")
         self._console.print(Text(f"epoch {result.epoch}/{self._max_epochs}  " + "  ".join(figures)), soft_wrap=True)
 
@@ -94,10 +113,24 @@ def print_results(console: Console, experiment: Experiment) -> int:
                     shown = [f"{figures[name]:.4f}" for name in MEANS]
                     table.add_row(split, variant, f"{len(found.labels_N):,}", *shown)
         console.print(table)
+    _print_published(console, experiment)
     if row["regularization_verdict"]:
         console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
     console.print(f"{experiment.root}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
     return cli.DONE
+
+
+def _print_published(console: Console, experiment: Experiment) -> None:
+    """What was published for the experiment's recipe, and what the figures above it are."""
+    recipe = RECIPES.get(experiment.info["space"]["name"])
+    if recipe is None:
+        return
+    if not experiment.info["split_sizes"]["select"]:
+        said = "trained on all images; test is that of the last epoch, and nothing was chosen"
+    else:
+        said = "the epoch was chosen on select, which training did not see; test was not looked at for it"
+    for line in (said, f"published for {experiment.info['space']['name']}: {recipe.published}"):
+        console.print(Text(line), soft_wrap=True)
 
 
 def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:

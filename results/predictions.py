@@ -100,6 +100,10 @@ def _pairs(file: pq.ParquetFile) -> list[tuple[str, Split] | None]:
     ]
 
 
+SEEN_FROM_VIEWS = {"tta": "best", "raw_tta": "raw"}
+"""Variants that are another one's weights with test-time augmentation, and that one."""
+
+
 def stored_counts(path: Path) -> dict[str, dict[Split, int]]:
     """How many rows each variant has of each split, in the order of the file; logits are not decoded.
 

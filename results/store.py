@@ -28,7 +28,7 @@ from results.history import History, TrialHistory
 from results.lock import ExperimentLocked as ExperimentLocked
 from results.lock import locked, read_generation
 from results.parts import Tables, part_paths
-from results.predictions import predictions_bytes, read_predictions, stored_counts
+from results.predictions import SEEN_FROM_VIEWS, predictions_bytes, read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
     ClassAccuracyRecord,
@@ -73,8 +73,8 @@ class TrialFiles:
         return self.weights("best")
 
     def weights(self, variant: str) -> Path:
-        """The weights behind a variant's predictions; "tta" is "best" seen from several views."""
-        name = "best" if variant == "tta" else variant
+        """The weights behind a variant's predictions."""
+        name = SEEN_FROM_VIEWS.get(variant, variant)
         return Path(self.root, "checkpoints", self.trial_id, f"{name}.safetensors")
 
     @property
@@ -245,6 +245,10 @@ class Experiment:
     def study_path(self) -> Path:
         """The journal file that optuna-dashboard opens."""
         return self.root / "study.journal"
+
+    def tensorboard_folder(self, trial_id: str) -> Path:
+        """Where TensorBoard finds a trial's figures, if they were asked for."""
+        return self.root / "tensorboard" / trial_id
 
     def files(self, trial_id: str) -> TrialFiles:
         """Where the worker of a trial writes."""

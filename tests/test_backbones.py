@@ -98,6 +98,7 @@ def test_imagenet_nets_are_as_large_as_published(
         # 3x3 convolutions 3-32, 32-64, 64-128, their norms, 128-100 linear:
         # 864 + 18,432 + 73,728 + 2 x (32 + 64 + 128) + 12,900; at 32, 16 and 8 pixels.
         ("small_cnn", 106_372, 864 * 1024 + 18_432 * 256 + 73_728 * 64 + 12_800),
+        ("small_cnn_groupnorm", 106_372, 864 * 1024 + 18_432 * 256 + 73_728 * 64 + 12_800),
         # 150,690 at 10 classes, and 90 more classes of 160 weights and a bias.
         ("efficient200k", 150_690 + 90 * 161, 8_424_320),
         # torchvision's at 1000 classes, 900 classes of 513 fewer, and 49 - 9 pixels x 3 x 64 fewer in the stem.

@@ -154,13 +154,19 @@ class TrainConfig:
     """By which the teacher's and the student's log-probabilities are divided where they are compared."""
 
     precision: str = "auto"
-    """`float32`, `bfloat16` or `float16` for convolutions and products; auto: bfloat16 on a GPU, float32 elsewhere."""
+    """`float32`, `bfloat16` or `float16` for convolutions and products; auto: bfloat16 on a GPU, float32 elsewhere.
+    `float64`: for the weights and everything that is computed with them."""
     compile: bool | None = None
     """Whether torch.compile builds the step; None: on a GPU."""
     cuda_graph: bool | None = None
     """Whether whole steps are replayed as a CUDA graph; None: on a GPU, unless the step is built anew along the way."""
     channels_last: bool = True
     """Whether pixels' channels lie together in memory."""
+    sync_batch_norm: bool | None = None
+    """Where several workers train one model: whether batch norms see whole batches. None: on GPUs; elsewhere, or if
+    false, each worker normalizes its own share, and the running statistics are the workers' mean."""
+    gradient_compression: str = "none"
+    """`bfloat16`: what several workers add up are gradients rounded to it, half the bytes; `none`."""
 
     def __post_init__(self) -> None:
         for name, kind in FIELD_TYPES.items():
@@ -327,7 +333,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "crop_fill": ("black", "reflect"),
     "policy": ("none", "autoaugment_cifar10", "randaugment", "trivialaugment"),
     "test_time_augmentation": ("none", "flip", "flip_shift"),
-    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "precision": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "gradient_compression": ("none", "bfloat16"),
     "pipeline": ("resident", "efficient200k", "food101"),
 }
 

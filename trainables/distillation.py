@@ -18,6 +18,7 @@ from results.schema import IntArray
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.mixing import SoftTargets
+from trainables.parallel import Ranks
 from trainables.resident import TrainingImages, at_size
 
 Teacher = Callable[[Tensor], Tensor]
@@ -71,6 +72,11 @@ class DistilledImages:
     def device_bytes(self) -> int:
         """See TrainingImages; the teacher's included."""
         return self.images.device_bytes + self.teacher_bytes
+
+    @property
+    def ranks(self) -> Ranks:
+        """See TrainingImages."""
+        return self.images.ranks
 
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages. Smaller images than the dataset's are shown to the teacher at the size that it knows."""

@@ -11,7 +11,7 @@ for, S those of one step, X values of an operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,12 @@ ORDER, CROP, FLIP, CUTOUT, MIXUP, DROPOUT = range(6)
 FIRST_FLIP, RESIZED_CROP, AFFINE, JITTER, POLICY, ERASING, CUTMIX, RICAP = range(6, 14)
 
 
-def generator(config: TrainConfig, *, epoch: int, stream: int) -> np.random.Generator:
-    """The generator of one purpose in one epoch. Epochs count from 1; 0 is for what a run draws once."""
-    return np.random.default_rng([config.seed, epoch, stream])
+def generator(config: TrainConfig, *, epoch: int, stream: int, key: Sequence[int] = ()) -> np.random.Generator:
+    """The generator of one purpose in one epoch. Epochs count from 1; 0 is for what a run draws once.
+
+    `key`: numbers that tell generators of the same purpose apart.
+    """
+    return np.random.default_rng([config.seed, epoch, stream, *key])
 
 
 @dataclass(frozen=True)

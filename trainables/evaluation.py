@@ -49,10 +49,13 @@ VIEWS: dict[str, Views] = {
 def predict(
     model: nn.Module, data: TrainingImages, indices_N: IntArray, *, views: str = "none", precision: str = "auto"
 ) -> npt.NDArray[np.float16]:
-    """Float16 logits [N, C] of images of a dataset, as `predict_batches` gives them."""
+    """Float16 logits [N, C] of images of a dataset, as `predict_batches` gives them; ranks divide the images."""
     network = for_evaluation(model, data.device)
-    batches = data.evaluation_batches(indices_N)
-    return predict_batches(network, batches, device=data.device, views=views, precision=precision)
+    divided = data.ranks.several and len(indices_N) >= data.ranks.size
+    share = data.ranks.share(len(indices_N)) if divided else range(len(indices_N))
+    batches = data.evaluation_batches(indices_N[share.start : share.stop])
+    logits_NC = predict_batches(network, batches, device=data.device, views=views, precision=precision)
+    return data.ranks.gathered(logits_NC) if divided else logits_NC
 
 
 def for_evaluation(model: nn.Module, device: str) -> nn.Module:

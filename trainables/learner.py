@@ -10,13 +10,15 @@ Shape suffixes: B batch, C channels or classes, H height, W width, K labels of a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from results.schema import UsageError
 from trainables.backbones import check_backbone, parts
@@ -27,7 +29,8 @@ from trainables.distillation import distilled_loss
 from trainables.mixing import SoftTargets
 from trainables.model import INITIALIZATION_SAMPLE, Classifier, evenly_spread, fresh_model, multiply_adds
 from trainables.optim import MovingAverage, Optimization
-from trainables.precision import autocast, check_execution, resolved
+from trainables.parallel import agree_on_norms, check_divisible, divided, synchronizes_norms
+from trainables.precision import autocast, check_execution, resolved, weights_type, widened
 from trainables.resident import TrainingImages, batch_size_of, memory_format
 
 STRUCTURE = (
@@ -42,6 +45,8 @@ STRUCTURE = (
     "compile",
     "cuda_graph",
     "channels_last",
+    "gradient_compression",
+    "sync_batch_norm",
 )
 WARMUP_STEPS = 3
 NO_TEACHER = (
@@ -61,8 +66,8 @@ def structure(config: TrainConfig) -> tuple[object, ...]:
     return (*(getattr(config, name) for name in STRUCTURE), *switches)
 
 
-def check_trainable(config: TrainConfig, split: SplitImages, *, device: str) -> None:
-    """Raise UsageError when a configuration cannot be trained on a dataset or a device."""
+def check_trainable(config: TrainConfig, split: SplitImages, *, device: str, num_workers: int = 1) -> None:
+    """Raise UsageError when a configuration cannot be trained on a dataset, on a device or by so many workers."""
     check_execution(config, device)
     check_backbone(config.backbone, image_size=split.image_size)
     if config.initial_image_size is not None:
@@ -73,6 +78,7 @@ def check_trainable(config: TrainConfig, split: SplitImages, *, device: str) -> 
             f"lower it, or give none"
         )
     batch = batch_size_of(config, split)
+    check_divisible(config, batch_size=batch, num_workers=num_workers, device=device)
     if config.accumulation_steps > batch // 2:
         raise UsageError(
             f"accumulation_steps={config.accumulation_steps} leaves parts of a single image of the {batch} there are; "
@@ -85,20 +91,26 @@ class Learner:
 
     def __init__(self, config: TrainConfig, data: TrainingImages) -> None:
         split, device = data.split, data.device
-        check_trainable(config, split, device=device)
+        check_trainable(config, split, device=device, num_workers=data.ranks.size)
         self.structure = structure(config)
         self.data = data
-        model = self._fresh(config)
+        self._ranks = data.ranks
+        model = self._fresh(config).to(weights_type(config.precision))
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.multiply_adds = multiply_adds(model, channels=split.channels, image_size=split.image_size)
+        if synchronizes_norms(config, device, self._ranks):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device).to(memory_format=memory_format(config))
+        self._network: nn.Module = self.model
         self.parts = parts(model.backbone)
         self.ema = MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.optimization = Optimization(self.parts, config, device=device)
-        self.label_smoothing, self.loss_sum, self.correct, self.attainable, self.norm_sum = torch.zeros(
-            5, device=device
-        )
-        self.distill_weight, self.distill_temperature = torch.zeros(2, device=device)
+        scalars = torch.zeros(7, device=device, dtype=weights_type(config.precision)).unbind()
+        self.label_smoothing, self.loss_sum, self.correct, self.attainable, self.norm_sum, *distillation = scalars
+        self.distill_weight, self.distill_temperature = distillation
+        self._config = config
+        self._exchanged: list[bool] = []
+        self._norms_synchronized = synchronizes_norms(config, device, self._ranks)
         self._trainable = [p.requires_grad for p in self.model.parameters()]
         self._precision = resolved(config.precision, device)
         self._accumulation_steps = config.accumulation_steps
@@ -108,7 +120,8 @@ class Learner:
         on_gpu = device == "cuda"
         compiled = on_gpu if config.compile is None else config.compile
         self._loss = _compiled(self._eager_loss) if compiled else self._eager_loss
-        captured = on_gpu and not config.unfreeze_epochs if config.cuda_graph is None else config.cuda_graph
+        may_capture = on_gpu and not config.unfreeze_epochs and not self._ranks.several
+        captured = may_capture if config.cuda_graph is None else config.cuda_graph
         self._graphs: dict[torch.Size, CapturedStep] | None = {} if captured else None
         self._memory_pool = torch.cuda.graph_pool_handle() if captured else None  # shared: steps never overlap
         self._one_shape = compiled or captured
@@ -130,6 +143,7 @@ class Learner:
         """Take on a trial of the same structure, its weights those of `model` (None: those there are)."""
         if model is not None:
             self.model.load_state_dict(model.state_dict())
+        self._batch_size = batch_size_of(config, self.data.split)
         set_dropout(self.model, config.dropout)
         self.label_smoothing.fill_(config.label_smoothing)
         self.distill_weight.fill_(config.distill_weight)
@@ -151,6 +165,13 @@ class Learner:
         for parameter, trainable in zip(self.model.parameters(), self._trainable, strict=True):
             parameter.requires_grad_(trainable and parameter not in frozen)
             parameter.grad = parameter.grad if parameter.requires_grad else None
+        self._divide()
+
+    def _divide(self) -> None:
+        """Have several ranks exchange the gradients of what learns now."""
+        learning = [p.requires_grad for p in self.model.parameters()]
+        if self._ranks.several and learning != self._exchanged:
+            self._network, self._exchanged = divided(self.model, self._config, self.data.device), learning
 
     @property
     def evaluated(self) -> nn.Module:
@@ -188,10 +209,15 @@ class Learner:
     def _step(self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor, *taught: Tensor) -> None:
         self.optimization.zero_grad()
         whole = (images_BCHW, labels_BK, weights_BK, *taught)
-        for images, *targets in zip(*(t.tensor_split(self._accumulation_steps) for t in whole), strict=True):
-            loss, correct = self._loss(images, *targets)
-            loss = loss * (len(images) / len(images_BCHW))
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        num_images = self._batch_size if self._ranks.several else len(images_BCHW)
+        parts = list(zip(*(t.tensor_split(self._accumulation_steps) for t in whole), strict=True))
+        for part, (images, *targets) in enumerate(parts, start=1):
+            with self._exchanging(last=part == len(parts)):
+                loss, correct = self._loss(images, *targets)
+                loss = loss * (len(images) / num_images)
+                scaled = loss if self._scaler is None else self._scaler.scale(loss)
+                # Ranks' gradients are averaged, and their sum is that of the whole batch's mean.
+                (scaled * self._ranks.size if self._ranks.several else scaled).backward()
             self.loss_sum += loss.detach()
             self.correct += correct
         self.attainable += weights_BK.amax(1).sum()
@@ -199,13 +225,40 @@ class Learner:
         if self._scaler is not None:
             self._scaler.update()
 
+    def _exchanging(self, *, last: bool) -> AbstractContextManager[None]:
+        """Where a part's gradients are computed; they are exchanged together with the last part's."""
+        if last or not isinstance(self._network, DistributedDataParallel):
+            return nullcontext()
+        return self._network.no_sync()
+
+    def finish_epoch(self) -> None:
+        """Have all ranks agree on what each of them has measured alone: figures and the norms' statistics."""
+        if self._ranks.several:
+            pooled = self._ranks.summed(torch.stack([self.loss_sum, self.correct, self.attainable]))
+            for figure, value in zip((self.loss_sum, self.correct, self.attainable), pooled, strict=True):
+                figure.copy_(value)
+            if not self._norms_synchronized:
+                agree_on_norms([self.model] if self.ema is None else [self.model, self.ema.module], self._ranks)
+
+    @property
+    def figures(self) -> list[float]:
+        """The sums of the epoch's figures so far: loss, right predictions, attainable ones, norm of the gradient."""
+        return [float(figure) for figure in (self.loss_sum, self.correct, self.attainable, self.norm_sum)]
+
+    def set_figures(self, figures: Sequence[float]) -> None:
+        """Go on summing from here; what ranks have pooled counts once."""
+        *pooled, norm_sum = figures
+        for figure, value in zip((self.loss_sum, self.correct, self.attainable), pooled, strict=True):
+            figure.fill_(value if self._ranks.is_first else 0.0)
+        self.norm_sum.fill_(norm_sum)
+
     def _eager_loss(
         self, images_BCHW: Tensor, labels_BK: Tensor, weights_BK: Tensor, teacher_log_probs_BC: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         targets = SoftTargets(labels_BK, weights_BK)
         with autocast(self._precision, self.data.device):
-            logits_BC = self.model(images_BCHW)
-        logits_BC = logits_BC.float()
+            logits_BC = self._network(images_BCHW)
+        logits_BC = widened(logits_BC)
         loss = targets.loss(logits_BC, label_smoothing=self.label_smoothing)
         if teacher_log_probs_BC is not None:
             weight, temperature = self.distill_weight, self.distill_temperature

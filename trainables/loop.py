@@ -29,6 +29,15 @@ from trainables.validation import accuracy, ece, log_softmax, nll
 CLEAN_TRAIN_SAMPLE = 512
 
 
+@dataclass(frozen=True)
+class BegunEpoch:
+    """How far the epoch in progress has come: its steps, their seconds, and the sums of its figures."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    figures: tuple[float, ...] = ()
+
+
 class TrainState:
     """Everything that changes while one model trains, and can be saved and loaded."""
 
@@ -41,14 +50,22 @@ class TrainState:
             self.learner = learner
         else:
             self.learner = Learner(config, data)
+        self.begun = BegunEpoch()
         self.best_weights: dict[str, Tensor] = {}
         self.best_select: SelectPredictions | None = None
         self.results: list[EpochResult] = []
+        self.epoch_began, self.steps_taken = 0.0, 0
 
     @property
     def evaluated(self) -> nn.Module:
         """The model whose figures are reported: the moving average when there is one."""
         return self.learner.evaluated
+
+    def pause(self) -> None:
+        """Remember where in an epoch an `on_step` ended the training, to be saved; of all ranks."""
+        self.learner.finish_epoch()
+        seconds = time.perf_counter() - self.epoch_began
+        self.begun = BegunEpoch(self.steps_taken, seconds, tuple(self.learner.figures))
 
     def best_model(self) -> nn.Module:
         """A copy of the evaluated model with the best epoch's weights."""
@@ -58,6 +75,7 @@ class TrainState:
         """What `load_state_dict` needs; readable with `torch.load(weights_only=True)`."""
         return {
             **self.learner.state_dict(),
+            **({"begun": asdict(self.begun)} if self.begun.steps else {}),
             "best_weights": self.best_weights,
             "results": [asdict(result) for result in self.results],
         }
@@ -65,6 +83,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state of the same configuration."""
         self.learner.load_state_dict(state)
+        self.begun = BegunEpoch(**state.get("begun", {}))
         self.best_weights = state["best_weights"]
         self.best_select = None  # not saved: whoever needs it predicts again
         self.results = [EpochResult(**result) for result in state["results"]]
@@ -102,14 +121,15 @@ def train_epoch(
     config: TrainConfig, data: TrainingImages, state: TrainState, *, on_step: Callable[[], None] = lambda: None
 ) -> EpochResult:
     """Train one more epoch, evaluate, and remember the weights if they are the best so far."""
-    start = time.perf_counter()
+    state.epoch_began = time.perf_counter() - state.begun.seconds
     try:
         steps = train_steps(config, data, state, epoch=len(state.results) + 1, on_step=on_step)
     except torch.OutOfMemoryError:
         steps = None
     if steps is None:  # outside the handler, whose traceback holds the failed step's activations
         raise advice_on_memory(config, data)
-    epoch_seconds = time.perf_counter() - start
+    epoch_seconds = time.perf_counter() - state.epoch_began
+    state.begun, state.steps_taken = BegunEpoch(), 0
     select, inference_rate = _timed_select(config, data, state.evaluated)
     result = EpochResult(
         epoch=len(state.results) + 1,
@@ -157,13 +177,22 @@ def train_steps(
     steps = len(data.split.train) // batch_size
     lr = math.nan
     learner.begin_epoch()
+    begun = state.begun
+    if begun.steps:
+        learner.set_figures(begun.figures)
+    # Masks of dropout are drawn on the device, in order: each rank has its own, and so has what follows a pause.
+    key = (data.ranks.rank, begun.steps) if data.ranks.rank or begun.steps else ()
     learner.freeze(num_frozen_parts(epoch, num_parts=len(learner.parts), config=config))
     image_size = image_size_in(epoch, full_size=data.split.image_size, config=config)
-    with seeded(int(generator(config, epoch=epoch, stream=DROPOUT).integers(2**62)), data.device):
+    with seeded(int(generator(config, epoch=epoch, stream=DROPOUT, key=key).integers(2**62)), data.device):
         for step, (images_BCHW, targets) in enumerate(data.batches(config, epoch=epoch, image_size=image_size)):
             lr = learning_rate((epoch - 1) * steps + step, steps_per_epoch=steps, batch_size=batch_size, config=config)
+            if step < begun.steps:
+                continue
             learner.step(images_BCHW, targets, lr=lr)
+            state.steps_taken = step + 1
             on_step()
+    learner.finish_epoch()
     return StepFigures(
         loss=float(learner.loss_sum) / steps,
         accuracy=float(learner.correct) / (steps * batch_size),

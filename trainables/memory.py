@@ -11,7 +11,7 @@ from results.schema import UsageError
 from trainables.config import TrainConfig
 from trainables.learner import Learner
 from trainables.mixing import SoftTargets
-from trainables.resident import TrainingImages, memory_format
+from trainables.resident import TrainingImages, alone, memory_format
 
 PROBES = (8, 24)
 SPARE_SHARE = 0.08  # of the memory, for fragmentation and what a compiled step's first run takes
@@ -24,15 +24,20 @@ class DoesNotFit(UsageError):
 def advice_on_memory(config: TrainConfig, data: TrainingImages) -> DoesNotFit:
     """The error that says which batch size would fit, from the memory that two small batches take."""
     gc.collect()
+    ranks, data = data.ranks, alone(data)  # the others wait for gradients
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     available = free + torch.cuda.memory_reserved() - data.device_bytes - int(SPARE_SHARE * total)
     small, large = (_peak_bytes(config, data, batch_size=size) for size in PROBES)
     fits = largest_batch(small, large, available=available)
-    message = f"batch_size={config.batch_size} does not fit in {total / 2**30:.0f} GiB of GPU memory"
+    share = -(-config.batch_size // ranks.size)
+    of_each = f", {share} images for each of {ranks.size} workers," if ranks.several else ""
+    message = f"batch_size={config.batch_size}{of_each} does not fit in {total / 2**30:.0f} GiB of GPU memory"
     if fits < 2:
         return DoesNotFit(f"{message}, nor does any other; choose a smaller backbone or image_size")
-    parts = -(-config.batch_size // fits)
+    parts = -(-share // fits)
+    if ranks.several:
+        return DoesNotFit(f"{message}; {fits} would: --set accumulation_steps={parts}, or use more workers")
     return DoesNotFit(
         f"{message}; {fits} would: --set batch_size={fits}, or --set accumulation_steps={parts} for updates from as "
         f"many images"

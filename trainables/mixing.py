@@ -18,6 +18,7 @@ from torch.nn.functional import log_softmax, nll_loss, pad
 
 from trainables.config import TrainConfig
 from trainables.draws import CUTMIX, MIXUP, RICAP, Array, Group, Grouped, generator, places
+from trainables.precision import widened
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SoftTargets:
 
     def loss(self, logits_BC: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
         """Mean cross-entropy in nats against the mixed, smoothed targets (Szegedy et al. 2016)."""
-        log_probs_BC = log_softmax(logits_BC.float(), -1)
+        log_probs_BC = log_softmax(widened(logits_BC), -1)
         if self.labels_BK.shape[1] == 1:
             loss = nll_loss(log_probs_BC, self.labels_BK[:, 0])
         else:
@@ -132,6 +133,19 @@ def num_labels(config: TrainConfig) -> int:
     """How many labels an image can have."""
     mixup_share, cutmix_share, ricap_share = shares(config)
     return 4 if ricap_share else 2 if mixup_share or cutmix_share else 1
+
+
+def reach(config: TrainConfig) -> int:
+    """How many images before an image in the batch it may be mixed with."""
+    return num_labels(config) - 1
+
+
+def without_first(targets: SoftTargets, count: int) -> SoftTargets:
+    """The targets of all images but the first few."""
+    teacher = targets.teacher_log_probs_BC
+    return SoftTargets(
+        targets.labels_BK[count:], targets.weights_BK[count:], None if teacher is None else teacher[count:]
+    )
 
 
 def cutmix_boxes(rng: np.random.Generator, alpha: float, *, num_images: int, image_size: int) -> tuple[Array, Array]:

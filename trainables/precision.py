@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from results.schema import UsageError
 from trainables.config import TrainConfig
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Of bfloat16, dense, by the vendor's datasheets; by a part of the device's name, the first that fits."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What a device can do in a second at most, in bfloat16; None when it is not known."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
 
 
 def resolved(precision: str, device: str) -> str:
@@ -24,6 +34,16 @@ def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which a model's forward pass runs."""
     name = resolved(precision, device)
     return torch.autocast(device, dtype=LOW.get(name, torch.bfloat16), enabled=name in LOW)
+
+
+def weights_type(precision: str) -> torch.dtype:
+    """The number type that weights are kept in."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor of float32, or as it is where it is of float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager
@@ -50,6 +70,8 @@ def check_execution(config: TrainConfig, device: str) -> None:
         raise UsageError(
             "precision=float16 on a CPU: half precision trains on GPUs only; use float32, or --device cuda"
         )
+    if config.precision == "float64" and device == "mps":
+        raise UsageError("precision=float64 on mps, which has no such numbers; use float32, or --device cpu")
     if config.cuda_graph and device != "cuda":
         raise UsageError(f"cuda_graph=true on {device}: only NVIDIA GPUs have CUDA graphs; leave it out")
     if config.cuda_graph and config.unfreeze_epochs:

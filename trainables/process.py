@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import signal
 
 import torch
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 MOST_KEPT_BYTES = 2**31 - 1
 GROWTH_BYTES = 256 * 2**20
 
@@ -29,3 +32,11 @@ def prepare_process(*, threads: int) -> None:
             (M_TOP_PAD, GROWTH_BYTES),
         ):
             libc.mallopt(option, value)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process, a worker, when Ray's daemon, its parent, is killed (Linux)."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)

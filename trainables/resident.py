@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,9 @@ from results.schema import IntArray
 from trainables.augment import EpochDraws, augment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.mixing import SoftTargets, mix
+from trainables.draws import ORDER, generator
+from trainables.mixing import SoftTargets, mix, reach, without_first
+from trainables.parallel import ALONE, Ranks
 
 LARGEST_EVALUATION_BATCH = 500
 EVALUATION_PIXELS = 500 * 64 * 64
@@ -40,10 +42,15 @@ class TrainingImages(Protocol):
     def device_bytes(self) -> int:
         """What the dataset itself takes of the device's memory."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that divide every batch, and which of them this is."""
+
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """An epoch's augmented batches: float images [B, C, H, W] in 0 to 255, and their targets.
 
-        The last partial batch is dropped. Sides are `image_size`, which may be below that of the dataset.
+        The last partial batch is dropped. Sides are `image_size`, which may be below that of the dataset. Where several
+        ranks divide the batches, this rank's share of each.
         """
 
     def evaluation_batches(self, indices_N: IntArray) -> Iterator[Tensor]:
@@ -78,10 +85,11 @@ class ResidentImages:
     labels_N: Tensor
     train_N: Tensor
     mean_C: Tensor
+    ranks: Ranks = ALONE
 
     @classmethod
-    def on(cls, device: str, split: SplitImages) -> ResidentImages:
-        """Move a dataset to a device; on a CPU the pixels are shared, not copied."""
+    def on(cls, device: str, split: SplitImages, *, ranks: Ranks = ALONE) -> ResidentImages:
+        """Move a dataset to a device; on a CPU the pixels are shared, not copied. `ranks`: who shares the batches."""
         if split.encoded is not None:
             raise ValueError("these images were loaded encoded, to be streamed: nothing is resident")
         images, labels, train, mean = (
@@ -89,7 +97,7 @@ class ResidentImages:
         )
         if device != "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        return cls(split, images, labels, train, mean)
+        return cls(split, images, labels, train, mean, ranks)
 
     @property
     def device(self) -> str:
@@ -103,21 +111,30 @@ class ResidentImages:
 
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages."""
-        batch_size = batch_size_of(config, self.split)
+        batch_size, num_images = batch_size_of(config, self.split), len(self.split.train)
+        order, before = None, 0
+        if self.ranks.several:
+            before = reach(config)  # images of other ranks that this one's are mixed with
+            order = generator(config, epoch=epoch, stream=ORDER).permutation(num_images)
+            order = self.ranks.order(order, batch_size=batch_size, reach=before)
+        num_rows = batch_size if order is None else before + len(self.ranks.share(batch_size))
         draws = EpochDraws.draw(
             config,
             epoch=epoch,
-            num_images=len(self.split.train),
+            num_images=num_images,
             image_size=self.split.image_size,
             device=self.device,
-            batch_size=batch_size,
+            batch_size=num_rows,
+            order=order,
         )
         order_N = self.train_N[draws.order_N]
-        for step in range(len(self.split.train) // batch_size):
+        for step in range(num_images // batch_size):
             rows = draws.batch(step)
-            indices_B = order_N[step * batch_size :][:batch_size]
+            indices_B = order_N[step * num_rows :][:num_rows]
             images_BCHW = augment(self._gathered(indices_B), rows, config=config, fill_C=self.mean_C)
             images_BCHW, targets = mix(images_BCHW, self.labels_N.index_select(0, indices_B), rows.mixing)
+            if before:
+                images_BCHW, targets = images_BCHW[before:], without_first(targets, before)
             yield at_size(images_BCHW, image_size).contiguous(memory_format=memory_format(config)), targets
 
     def _gathered(self, indices_B: Tensor) -> Tensor:
@@ -156,6 +173,11 @@ class WatchedImages:
         """See TrainingImages."""
         return self.images.device_bytes
 
+    @property
+    def ranks(self) -> Ranks:
+        """See TrainingImages."""
+        return self.images.ranks
+
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages."""
         return self.images.batches(config, epoch=epoch, image_size=image_size)
@@ -165,6 +187,14 @@ class WatchedImages:
         for batch in self.images.evaluation_batches(indices_N):
             self.on_evaluation_batch()
             yield batch
+
+
+def alone(images: TrainingImages) -> TrainingImages:
+    """The images for a rank that does something without the others."""
+    if not images.ranks.several:
+        return images
+    assert isinstance(images, ResidentImages)  # no others are divided
+    return replace(images, ranks=ALONE)
 
 
 def at_size(images_BCHW: Tensor, side: int) -> Tensor:

@@ -38,6 +38,7 @@ from trainables.datasets import SplitImages
 from trainables.draws import ORDER, generator
 from trainables.image_files import EncodedImage, Pixels, decode_squares, decode_whole
 from trainables.mixing import MixingDraws, SoftTargets, mix
+from trainables.parallel import ALONE, Ranks
 from trainables.resident import batch_size_of, evaluation_batch_size, memory_format
 
 # A stream of random numbers of its own, far from those that draws.py counts up from 0.
@@ -184,6 +185,11 @@ class StreamedImages:
     def device_bytes(self) -> int:
         """See TrainingImages: nothing stays on the device."""
         return 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """See TrainingImages: streamed batches are not divided."""
+        return ALONE
 
     def batches(self, config: TrainConfig, *, epoch: int, image_size: int) -> Iterator[tuple[Tensor, SoftTargets]]:
         """See TrainingImages. Raises UsageError, naming it, for a file that can no longer be read."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
-import os
 import platform
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -21,10 +18,9 @@ from trainables.course import legs_from
 from trainables.datasets import SplitImages
 from trainables.learner import Learner
 from trainables.loop import TrainState
-from trainables.process import prepare_process
+from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial
 
-PR_SET_PDEATHSIG = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,7 +34,7 @@ class TuneTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], data: SplitImages, device: str, threads: int) -> None:
         """See ray.tune.Trainable; `config` is that of `assignment_config`."""
-        _die_with_parent()
+        die_with_parent()
         prepare_process(threads=threads)
         self._data = images_on(device, data, config=TrainConfig(**config["train"]))
         self._learner: Learner | None = None
@@ -77,11 +73,3 @@ class TuneTrial(tune.Trainable):
                 return {"disk_full": str(error)}
             raise
         return {"worker": platform.node(), **asdict(result)}
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this worker when Ray's daemon, its parent, is killed (Linux)."""
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            os._exit(1)

@@ -1,8 +1,8 @@
 """What a trial stores of its models: weights, and what they predict for every split that has examples.
 
 Variants of one training: `best`, the best epoch's weights; `tta`, the same averaged over views of each image; `raw`,
-the last raw weights, where an average is evaluated; `epoch_27`, a snapshot; `swa`, the mean of all snapshots; `soup`,
-the mean of some.
+the last raw weights, where an average is evaluated, and `raw_tta`; `epoch_27`, a snapshot; `swa`, the mean of all
+snapshots; `soup`, the mean of some.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Variants:
         if self.state.learner.ema is not None:
             self._write("raw", self.state.learner.model.state_dict(), epochs=(self.state.results[-1].epoch,))
             stored["raw"] = self._predicted("raw")
+            if self.config.test_time_augmentation != "none":
+                stored["raw_tta"] = self._predicted("raw", views=self.config.test_time_augmentation)
         stored |= {snapshot(epoch): self._predicted(snapshot(epoch)) for epoch in snapshots}
         if len(snapshots) > 1:
             self._write("swa", self._average(tuple(snapshots)), epochs=snapshots)
@@ -103,10 +105,10 @@ class Variants:
             return {"best": best}
         return {"best": best, "tta": [self._predict(model, cls, views=views) for cls in self._kinds()]}
 
-    def _predicted(self, variant: str) -> list[Predictions]:
+    def _predicted(self, variant: str, *, views: str = "none") -> list[Predictions]:
         """What a variant predicts with the weights that are stored."""
         model = self.state.learner.evaluated_copy(self._read(variant))
-        return [self._predict(model, cls) for cls in self._kinds()]
+        return [self._predict(model, cls, views=views) for cls in self._kinds()]
 
     def _kinds(self) -> list[type[Predictions]]:
         return [cls for split, cls in PREDICTIONS.items() if self.data.split.sizes()[split]]

@@ -15,7 +15,7 @@ from trainables.backbones.efficientnet import efficientnet_b0, efficientnet_b3, 
 from trainables.backbones.mobilenet import mobilenet_v3_small
 from trainables.backbones.preactivation import resnet44v2, resnet44v2_four_stages
 from trainables.backbones.resnet import resnet18, resnet34, resnet50, resnet101
-from trainables.backbones.small_cnn import small_cnn
+from trainables.backbones.small_cnn import small_cnn, small_cnn_groupnorm
 from trainables.backbones.small_cnn import smallest_image as small_cnn_smallest
 from trainables.backbones.speedrun import WhitenedConv, speedrun_cnn
 from trainables.backbones.speedrun import smallest_image as speedrun_smallest
@@ -46,11 +46,13 @@ BACKBONES: dict[str, Backbone] = {
     "convnext_tiny": convnext_tiny,
     "mobilenet_v3_small": mobilenet_v3_small,
     "speedrun_cnn": speedrun_cnn,
+    "small_cnn_groupnorm": small_cnn_groupnorm,
 }
 
 # Of a net built for a size; the others pad, and take a single pixel.
 SMALLEST_IMAGES: dict[str, Callable[[int], int]] = {
     "small_cnn": small_cnn_smallest,
+    "small_cnn_groupnorm": small_cnn_smallest,
     "convnext_tiny": convnext_smallest,
     "speedrun_cnn": speedrun_smallest,
 }

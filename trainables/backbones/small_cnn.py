@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from trainables.backbones.layers import Dropout
 
 WIDTHS = (32, 64, 128)
+GROUPS = 8
 
 
 def _stride(image_size: int) -> int:
@@ -23,7 +26,14 @@ def smallest_image(built_for: int) -> int:
     return _stride(built_for) * (2 ** _poolings(built_for) - 1) + 1
 
 
-def small_cnn(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+def small_cnn(
+    *,
+    num_classes: int,
+    dropout: float,
+    image_size: int,
+    channels: int,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> nn.Module:
     """Three 3x3 convolutions with batch norm and ReLU, max pooling between, global average pooling.
 
     From 64 pixels on the first convolution has stride 2.
@@ -33,7 +43,7 @@ def small_cnn(*, num_classes: int, dropout: float, image_size: int, channels: in
         stride = 1 if index else _stride(image_size)
         layers += [
             nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            norm(width),
             nn.ReLU(inplace=True),
         ]
         if index < _poolings(image_size):
@@ -42,3 +52,14 @@ def small_cnn(*, num_classes: int, dropout: float, image_size: int, channels: in
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Dropout(dropout), nn.Linear(channels, num_classes)
     )
+
+
+def small_cnn_groupnorm(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+    """The same with group norm (Wu & He 2018): what it makes of an image does not depend on the others of its batch."""
+    return small_cnn(
+        num_classes=num_classes, dropout=dropout, image_size=image_size, channels=channels, norm=_group_norm
+    )
+
+
+def _group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(GROUPS, width)

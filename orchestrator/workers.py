@@ -1,0 +1,316 @@
+"""A training by several workers: Ray Train runs them, the ledger records what they tell."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from orchestrator import cli, driver
+from orchestrator.ledger import Assignment, Ledger
+from orchestrator.plan import SearchPlan
+from orchestrator.searcher import ray_cluster
+from orchestrator.training_console import TrainingConsole
+from results.events import ExperimentStopped
+from results.schema import EpochResult, UsageError
+from results.store import Experiment
+from trainables.config import TrainConfig
+from trainables.datasets import SplitImages
+from trainables.large_batch import ListeningConfig, Task, train_share
+from trainables.learner import check_trainable
+from trainables.mailbox import Advanced, Began, Left, Letter, Mailbox, Trained
+from trainables.precision import peak_flops
+from trainables.trial import check_resumable
+
+FRUITLESS_RESTARTS = 2
+SECONDS_TO_STOP = 60.0
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_ANSWER = 60.0
+TRAIN_SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a minute by default, which a busy machine takes to import torch
+}
+RESIZE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers train: as many as there is room for between two numbers, which may be the same."""
+
+    least: int
+    most: int
+
+    @property
+    def elastic(self) -> bool:
+        """Whether their number may change."""
+        return self.least != self.most
+
+    @property
+    def flag(self) -> str:
+        """What was typed."""
+        return f"--elastic {self.least}:{self.most}" if self.elastic else f"--num-workers {self.most}"
+
+
+def drive(
+    experiment: Experiment | None,
+    plan: SearchPlan,
+    data: SplitImages,
+    args: argparse.Namespace,
+    console: Console,
+    *,
+    name: str,
+    workers: Workers,
+) -> Experiment:
+    """Train what a plan has left to train as the experiment's one driver; a new one is made once Ray has the room."""
+    threads = args.threads or max(1, (os.cpu_count() or 1) // workers.most)
+    with ExitStack() as stack:
+        stack.enter_context(cli.INTERRUPTS.deferred())
+        if experiment is not None:
+            stack.enter_context(experiment.driving())
+        os.environ.update(TRAIN_SETTINGS)
+        stack.enter_context(ray_cluster(args.address, threads=threads))
+        cli.INTERRUPTS.listen()  # Ray has installed handlers of its own
+        cli.INTERRUPTS.check()
+        device = choose_device(args.device, workers)
+        check_trainable(plan.space.base, data, device=device, num_workers=workers.most)
+        check_reachable(args.results_dir)
+        if experiment is None:
+            experiment = driver.begin(args, plan, data, name=name)
+            stack.enter_context(experiment.driving())
+        else:
+            for trial in experiment.history.unfinished:
+                check_resumable(plan.space.base, data, experiment.files(trial.trial_id).resume)
+            driver.record_resumption(experiment, plan, data)
+        ledger = driver.make_ledger(experiment, plan, max_concurrent=1)
+        reference = ray.put(data)
+        while (assignment := ledger.next_trial()) is not None:
+            task = Task(
+                train=dict(assignment.config),
+                course=[asdict(leg) for leg in assignment.course],
+                files=experiment.files(assignment.trial_id),
+                epochs_recorded=assignment.epochs_recorded,
+                device=device,
+                threads=threads,
+                data=reference,
+                mailbox=ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=_here()).remote(),
+            )
+            _train(ledger, assignment, task, data, args, console, workers=workers)
+        experiment.record(ExperimentStopped(at=time.time(), state="finished"))
+    return experiment
+
+
+def choose_device(device: str, workers: Workers) -> str:
+    """`auto` settled: GPUs if the cluster has any. Raises UsageError when there are fewer than workers."""
+    there = ray.cluster_resources()
+    if device == "mps":
+        raise UsageError("--device mps: Ray Train has no workers for it; give --device cpu, or leave --num-workers out")
+    if device == "auto":
+        device = "cuda" if there.get("GPU", 0) else "cpu"
+    kind = "GPU" if device == "cuda" else "CPU"
+    room = int(there.get(kind, 0))
+    if room < workers.least:
+        advice = f"lower it to {room}" if room else "give --device cpu"
+        raise UsageError(
+            f"{workers.flag}, but Ray sees {room} {kind}{'' if room == 1 else 's'} and each worker takes one; "
+            f"{advice}, or give an --address with more"
+        )
+    return device
+
+
+def check_reachable(results_dir: str) -> None:
+    """Raise UsageError when some host of the cluster does not see the results folder."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    here = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes if node["NodeID"] != here}
+    if not others:
+        return
+    folder = Path(results_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    try:
+        asked = {
+            host: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+            for node, host in others.items()
+        }
+        blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
+    finally:
+        probe.unlink()
+    if blind:
+        raise UsageError(not_reachable(folder, blind))
+
+
+def not_reachable(folder: Path, hosts: list[str]) -> str:
+    """What is wrong with a results folder that some hosts do not see, and the fix."""
+    return (
+        f"--results-dir {folder} is not seen from {', '.join(sorted(hosts))}, where workers may train and write "
+        f"checkpoints; give a folder that all hosts share, such as a network file system or a mounted bucket"
+    )
+
+
+@ray.remote(num_cpus=0)
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _train(
+    ledger: Ledger,
+    assignment: Assignment,
+    task: Task,
+    data: SplitImages,
+    args: argparse.Namespace,
+    console: Console,
+    *,
+    workers: Workers,
+) -> None:
+    """Train one trial. Raises Interrupted once the workers have stopped, UsageError for what the user can mend."""
+    config = TrainConfig(**assignment.config)  # type: ignore[arg-type]  # written by to_dict
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="train-", ignore_cleanup_errors=True))
+        shown = stack.enter_context(TrainingConsole(console, config, data, after_epoch=assignment.epochs_recorded))
+        tell = [shown.epoch]
+        if args.tensorboard:
+            from orchestrator.scalars import Scalars  # an optional extra
+
+            tell.append(stack.enter_context(Scalars(ledger.experiment, assignment.trial_id)).epoch)
+        clerk = Clerk(ledger, assignment.trial_id, shown, tell)
+        fit = Fit(task, workers, scratch)
+        asked_at: float | None = None
+        while fit.running and not clerk.gave_up:
+            if asked_at is None and cli.INTERRUPTS.arrived:
+                ray.get(task.mailbox.stop.remote())
+                asked_at = time.monotonic()
+            if asked_at is not None and time.monotonic() - asked_at > SECONDS_TO_STOP:
+                break
+            clerk.read(ray.get(task.mailbox.take.remote()))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        clerk.read(ray.get(task.mailbox.take.remote()))
+        cli.INTERRUPTS.check()
+        if ledger.experiment.history.trials[assignment.trial_id].ended is None:
+            raise driver.WorkersFailed(str(fit.failure or "the workers stopped before the last epoch"))
+
+
+class Fit:
+    """Ray Train at work in a thread, where it does not handle the signals of this process."""
+
+    def __init__(self, task: Task, workers: Workers, scratch: str) -> None:
+        on_gpu = task.device == "cuda"
+        self.failure: BaseException | None = None
+        elastic = {"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if workers.elastic else {}
+        self._trainer = TorchTrainer(
+            train_share,
+            train_loop_config={"task": task},
+            torch_config=ListeningConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
+                **elastic,
+            ),
+            # How often is too often is the clerk's to say, who sees whether epochs come of it.
+            run_config=RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=-1)),
+        )
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether workers train, or are going to."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # noqa: BLE001  # the main thread tells of it
+            self.failure = error
+
+
+class Clerk:
+    """Writes down what workers tell of one trial."""
+
+    def __init__(
+        self, ledger: Ledger, trial_id: str, shown: TrainingConsole, tell: Sequence[Callable[[EpochResult], None]]
+    ) -> None:
+        """`tell`: whom to tell of an epoch that has been recorded."""
+        self._ledger, self._trial_id, self._shown, self._tell = ledger, trial_id, shown, tell
+        self._num_workers = 0
+        self._fruitless = 0
+        self._reason = ""
+        self.gave_up = False
+        """Whether the workers have failed so often that the trial is recorded as failed."""
+
+    def read(self, letters: list[Letter]) -> None:
+        """Act on letters. Raises UsageError or OSError, with the trial failed or not, for what the user can mend."""
+        for letter in letters:
+            match letter:
+                case Began():
+                    self._began(letter)
+                case Advanced():
+                    self._shown.advanced(letter.epoch, letter.steps)
+                case Trained():
+                    self._trained(letter)
+                case Left():
+                    self._left(letter)
+
+    def _began(self, letter: Began) -> None:
+        before, self._num_workers = self._num_workers, letter.num_workers
+        peak = peak_flops(letter.device_name)
+        self._shown.peak_flops = None if peak is None else peak * letter.num_workers
+        on = letter.device_name or "CPU"
+        said = f"{letter.num_workers} worker{'' if letter.num_workers == 1 else 's'}, {on}"
+        if before:
+            self._lost(before, letter.num_workers)
+            last_epoch = self._ledger.experiment.history.trials[self._trial_id].last_epoch
+            said = f"going on after epoch {last_epoch} with {said}"
+        self._shown.say(said)
+        self._shown.begin()
+
+    def _lost(self, before: int, now: int) -> None:
+        """Workers begin again. It is no failure when one was told to leave, or when there are more of them now."""
+        paused, grown = self._reason == "paused", not self._reason and now > before
+        if not paused and not grown:
+            self._fruitless += 1
+            reason = self._reason or "a worker was lost"
+            self._ledger.retried(self._trial_id, reason)
+            if self._fruitless > FRUITLESS_RESTARTS:
+                self._ledger.failed(self._trial_id, reason)
+                self.gave_up = True
+        self._reason = ""
+
+    def _trained(self, letter: Trained) -> None:
+        if letter.result.epoch > self._ledger.experiment.history.trials[self._trial_id].last_epoch:
+            self._fruitless = 0
+            self._ledger.report(self._trial_id, letter.result, node=letter.node)
+            for tell in self._tell:
+                tell(letter.result)
+
+    def _left(self, letter: Left) -> None:
+        if letter.cause == "usage":
+            raise UsageError(letter.text)
+        if letter.cause == "does_not_fit":
+            self._ledger.failed(self._trial_id, letter.text)
+            self._ledger.experiment.record(ExperimentStopped(at=time.time(), state="finished"))
+            raise UsageError(f"{letter.text}; with another --name")
+        if letter.cause == "disk":
+            raise OSError(letter.text)
+        # The first to leave knows why; the others miss it.
+        self._reason = self._reason or ("paused" if letter.cause == "paused" else letter.text)
