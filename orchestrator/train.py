@@ -18,11 +18,11 @@ if __name__ == "__main__":  # torch reads it once, when it is imported: idle thr
 
 import argparse
 import hashlib
-import importlib.util
 import sys
 
 from orchestrator import cli, driver
 from orchestrator.plan import SearchPlan
+from orchestrator.tracking import TRACKERS
 from orchestrator.training import drive
 from orchestrator.training_console import print_recipes, print_results
 from results.schema import UsageError
@@ -51,17 +51,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--address", help="a running Ray cluster, such as auto (default: a local one of its own)")
     parser.add_argument(
-        "--tensorboard", action="store_true", help="with workers: also write every epoch's figures for TensorBoard"
+        "--track",
+        nargs="+",
+        choices=tuple(TRACKERS),
+        default=(),
+        metavar="TRACKER",
+        help=f"with workers: tell of every epoch also {', '.join(TRACKERS)}",
     )
     args = parser.parse_args(arguments)
     if not args.list and args.recipe is None:
         parser.error("wanted a RECIPE, or --list to see them")
     if args.address is not None and not has_workers(args):
         parser.error("--address is for --num-workers or --elastic: give one of them")
-    if args.tensorboard and not has_workers(args):
-        parser.error("--tensorboard is for --num-workers or --elastic: give one of them")
-    if args.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        parser.error("--tensorboard wants tensorboardX, which is not installed: pip install tensorboardX")
+    if args.track and not has_workers(args):
+        parser.error("--track is for --num-workers or --elastic: give one of them")
+    for name in args.track:
+        TRACKERS[name].check_installed()
     return args
 
 

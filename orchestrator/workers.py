@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,6 +25,7 @@ from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.searcher import ray_cluster
+from orchestrator.tracking import Tracked, tracking
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
 from results.schema import EpochResult, UsageError
@@ -43,7 +46,10 @@ TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a minute by default, which a busy machine takes to import torch
+}
+ELASTIC_SETTINGS = {
+    # A host that has died still counts for some seconds: a group that waits for it gives up, and is counted anew.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
 }
 RESIZE_SECONDS = 30.0
 
@@ -82,7 +88,7 @@ def drive(
         stack.enter_context(cli.INTERRUPTS.deferred())
         if experiment is not None:
             stack.enter_context(experiment.driving())
-        os.environ.update(TRAIN_SETTINGS)
+        os.environ.update(TRAIN_SETTINGS | (ELASTIC_SETTINGS if workers.elastic else {}))
         stack.enter_context(ray_cluster(args.address, threads=threads))
         cli.INTERRUPTS.listen()  # Ray has installed handlers of its own
         cli.INTERRUPTS.check()
@@ -172,6 +178,14 @@ def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
+def _answer(reference: ray.ObjectRef) -> Any:
+    """What the mailbox answers. Raises WorkersFailed when it is gone with its host, or Ray with it."""
+    try:
+        return ray.get(reference, timeout=SECONDS_TO_ANSWER)
+    except (GetTimeoutError, RayActorError) as error:
+        raise driver.WorkersFailed("Ray does not answer any more where this command runs") from error
+
+
 def _train(
     ledger: Ledger,
     assignment: Assignment,
@@ -187,23 +201,20 @@ def _train(
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="train-", ignore_cleanup_errors=True))
         shown = stack.enter_context(TrainingConsole(console, config, data, after_epoch=assignment.epochs_recorded))
-        tell = [shown.epoch]
-        if args.tensorboard:
-            from orchestrator.scalars import Scalars  # an optional extra
-
-            tell.append(stack.enter_context(Scalars(ledger.experiment, assignment.trial_id)).epoch)
+        tracked = Tracked(ledger.experiment, assignment.trial_id, assignment.config)
+        tell = [shown.epoch, *(stack.enter_context(tracking(name, tracked)) for name in args.track)]
         clerk = Clerk(ledger, assignment.trial_id, shown, tell)
         fit = Fit(task, workers, scratch)
         asked_at: float | None = None
         while fit.running and not clerk.gave_up:
             if asked_at is None and cli.INTERRUPTS.arrived:
-                ray.get(task.mailbox.stop.remote())
+                _answer(task.mailbox.stop.remote())
                 asked_at = time.monotonic()
             if asked_at is not None and time.monotonic() - asked_at > SECONDS_TO_STOP:
                 break
-            clerk.read(ray.get(task.mailbox.take.remote()))
+            clerk.read(_answer(task.mailbox.take.remote()))
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        clerk.read(ray.get(task.mailbox.take.remote()))
+        clerk.read(_answer(task.mailbox.take.remote()))
         cli.INTERRUPTS.check()
         if ledger.experiment.history.trials[assignment.trial_id].ended is None:
             raise driver.WorkersFailed(str(fit.failure or "the workers stopped before the last epoch"))

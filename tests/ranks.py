@@ -55,12 +55,13 @@ def _train(ranks: Ranks, config: TrainConfig, data: SplitImages, folder: str, pa
     state = TrainState(config, images)
     trained = Trained(weights=state.learner.model.state_dict())
     agreement = Agreement(ranks)
-    summed = [0.0]
+    summed: list[float] = []
 
     def on_step() -> None:
         loss_sum = float(state.learner.loss_sum)
-        began_epoch = state.steps_taken == 1 or not trained.losses
-        trained.losses.append(loss_sum - (0.0 if began_epoch else summed[-1]))
+        if state.steps_taken == state.begun.steps + 1:  # sums of an epoch gone on with begin where it was paused
+            summed.append(state.begun.figures[0] if state.begun.steps and ranks.is_first else 0.0)
+        trained.losses.append(loss_sum - summed[-1])
         summed.append(loss_sum)
         wanted = pause_after is not None and ranks.rank == ranks.size - 1 and len(trained.losses) >= pause_after
         if agreement.after_step(wanted):

@@ -131,7 +131,8 @@ def test_kills_of_workers_and_drivers_lose_nothing_and_change_nothing(tmp_path: 
     expected = alone.epochs()
     np.testing.assert_allclose(epochs["train_loss"], expected["train_loss"], rtol=1e-8)
     np.testing.assert_allclose(epochs["grad_norm"], expected["grad_norm"], rtol=1e-7)
-    np.testing.assert_allclose(epochs["train_accuracy"], expected["train_accuracy"], rtol=1e-12)
+    # Of labels whose weights have single precision.
+    np.testing.assert_allclose(epochs["train_accuracy"], expected["train_accuracy"], rtol=1e-6)
     variants = experiment.stored_counts("t00000")
     assert variants == alone.stored_counts("t00000")
     for variant in variants:
@@ -172,7 +173,7 @@ def test_what_ray_cannot_serve_makes_no_experiment(tmp_path: Path, command: Comm
         (["--elastic", "4"], "'4': wanted MIN:MAX, such as 1:8"),
         (["--num-workers", "0"], "wanted a whole number, 1 or more"),
         (["--num-workers", "2", "--elastic", "1:2"], "not allowed with argument"),
-        (["--tensorboard"], "--tensorboard is for --num-workers or --elastic: give one of them"),
+        (["--track", "tensorboard"], "--track is for --num-workers or --elastic: give one of them"),
         (["--address", "auto"], "--address is for --num-workers or --elastic: give one of them"),
     ],
 )

@@ -8,6 +8,7 @@ Shape suffixes: N examples, C classes, R rows of a rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -135,12 +136,14 @@ def synchronizes_norms(config: TrainConfig, device: str, ranks: Ranks) -> bool:
 
 def divided(model: nn.Module, config: TrainConfig, device: str) -> DistributedDataParallel:
     """A model whose gradients are, after each backward pass, the mean over all ranks."""
-    network = DistributedDataParallel(
-        model,
-        device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is torch 2.15's
+        network = DistributedDataParallel(
+            model,
+            device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
     if config.gradient_compression == "bfloat16":
         network.register_comm_hook(None, bf16_compress_hook)
     return network
