@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,10 +24,10 @@ from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.searcher import ray_cluster
-from orchestrator.tracking import Tracked, tracking
+from orchestrator.tracking import Track, Tracked, tracking
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
-from results.schema import EpochResult, UsageError
+from results.schema import UsageError
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -42,6 +41,8 @@ FRUITLESS_RESTARTS = 2
 SECONDS_TO_STOP = 60.0
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_ANSWER = 60.0
+CONVERSATIONS = 8
+"""That a foreman has at a time: one is Ray Train's."""
 TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -88,7 +89,6 @@ def drive(
         stack.enter_context(cli.INTERRUPTS.deferred())
         if experiment is not None:
             stack.enter_context(experiment.driving())
-        os.environ.update(TRAIN_SETTINGS | (ELASTIC_SETTINGS if workers.elastic else {}))
         stack.enter_context(ray_cluster(args.address, threads=threads))
         cli.INTERRUPTS.listen()  # Ray has installed handlers of its own
         cli.INTERRUPTS.check()
@@ -113,9 +113,12 @@ def drive(
                 device=device,
                 threads=threads,
                 data=reference,
-                mailbox=ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=_here()).remote(),
+                mailbox=_hire(workers),
             )
-            _train(ledger, assignment, task, data, args, console, workers=workers)
+            try:
+                _train(ledger, assignment, task, data, args, console, workers=workers)
+            finally:
+                ray.kill(task.mailbox)
         experiment.record(ExperimentStopped(at=time.time(), state="finished"))
     return experiment
 
@@ -174,8 +177,20 @@ def _sees(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _here() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _hire(workers: Workers) -> Any:
+    """A foreman on this host."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    settings = TRAIN_SETTINGS | (ELASTIC_SETTINGS if workers.elastic else {})
+    actor = ray.remote(num_cpus=0, max_concurrency=CONVERSATIONS)(Foreman)
+    return actor.options(scheduling_strategy=here, runtime_env={"env_vars": settings}).remote()
+
+
+def _raise_failure(fitted: ray.ObjectRef) -> None:
+    try:
+        ray.get(fitted, timeout=0)
+    except RayError as error:
+        raise driver.WorkersFailed(str(error)) from error
+    raise driver.WorkersFailed("the workers stopped before the last epoch")
 
 
 def _answer(reference: ray.ObjectRef) -> Any:
@@ -204,30 +219,29 @@ def _train(
         tracked = Tracked(ledger.experiment, assignment.trial_id, assignment.config)
         tell = [shown.epoch, *(stack.enter_context(tracking(name, tracked)) for name in args.track)]
         clerk = Clerk(ledger, assignment.trial_id, shown, tell)
-        fit = Fit(task, workers, scratch)
+        fitted = task.mailbox.fit.remote(task, workers, scratch)
         asked_at: float | None = None
-        while fit.running and not clerk.gave_up:
+        while not clerk.gave_up and not ray.wait([fitted], timeout=SECONDS_BETWEEN_LOOKS)[0]:
             if asked_at is None and cli.INTERRUPTS.arrived:
                 _answer(task.mailbox.stop.remote())
                 asked_at = time.monotonic()
             if asked_at is not None and time.monotonic() - asked_at > SECONDS_TO_STOP:
                 break
             clerk.read(_answer(task.mailbox.take.remote()))
-            time.sleep(SECONDS_BETWEEN_LOOKS)
         clerk.read(_answer(task.mailbox.take.remote()))
         cli.INTERRUPTS.check()
         if ledger.experiment.history.trials[assignment.trial_id].ended is None:
-            raise driver.WorkersFailed(str(fit.failure or "the workers stopped before the last epoch"))
+            _raise_failure(fitted)
 
 
-class Fit:
-    """Ray Train at work in a thread, where it does not handle the signals of this process."""
+class Foreman(Mailbox):
+    """Runs Ray Train and has the letters: an actor, whose end is that of all workers, whatever Ray Train waits for."""
 
-    def __init__(self, task: Task, workers: Workers, scratch: str) -> None:
+    def fit(self, task: Task, workers: Workers, scratch: str) -> None:
+        """Have workers train until they are done; raises what Ray Train gives up for."""
         on_gpu = task.device == "cuda"
-        self.failure: BaseException | None = None
         elastic = {"elastic_resize_monitor_interval_s": RESIZE_SECONDS} if workers.elastic else {}
-        self._trainer = TorchTrainer(
+        trainer = TorchTrainer(
             train_share,
             train_loop_config={"task": task},
             torch_config=ListeningConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
@@ -240,27 +254,13 @@ class Fit:
             # How often is too often is the clerk's to say, who sees whether epochs come of it.
             run_config=RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=-1)),
         )
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether workers train, or are going to."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self._trainer.fit()
-        except Exception as error:  # noqa: BLE001  # the main thread tells of it
-            self.failure = error
+        trainer.fit()
 
 
 class Clerk:
     """Writes down what workers tell of one trial."""
 
-    def __init__(
-        self, ledger: Ledger, trial_id: str, shown: TrainingConsole, tell: Sequence[Callable[[EpochResult], None]]
-    ) -> None:
+    def __init__(self, ledger: Ledger, trial_id: str, shown: TrainingConsole, tell: Sequence[Track]) -> None:
         """`tell`: whom to tell of an epoch that has been recorded."""
         self._ledger, self._trial_id, self._shown, self._tell = ledger, trial_id, shown, tell
         self._num_workers = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,20 +51,23 @@ Letter = Began | Advanced | Trained | Left
 
 
 class Mailbox:
-    """Letters to the driver in the order of their arrival. Lives in a process of its own, as a Ray actor."""
+    """Letters to the driver in the order of their arrival. Lives in a Ray actor that has threads."""
 
     def __init__(self) -> None:
         self._letters: list[Letter] = []
+        self._lock = threading.Lock()
         self._stop = False
 
     def post(self, *letters: Letter) -> bool:
         """Leave letters. Returns whether the driver wants everybody to stop."""
-        self._letters += letters
+        with self._lock:
+            self._letters += letters
         return self._stop
 
     def take(self) -> list[Letter]:
         """All letters that have come since the last time."""
-        letters, self._letters = self._letters, []
+        with self._lock:
+            letters, self._letters = self._letters, []
         return letters
 
     def stop(self) -> None:

@@ -1,0 +1,101 @@
+"""Workers on the hosts of one cluster, here raylets of one machine: hosts that are lost, that come, that see less."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from results.store import Experiment
+from tests.conftest import CommandLine
+from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs
+from tests.test_search_on_ray import epochs_in_log
+
+SETTINGS = [
+    *("dataset=digits", "backbone=small_cnn", "batch_size=46", "train_fraction=0.4", "max_epochs=1000"),
+    *("warmup_epochs=1", "initial_image_size=none", "image_size=16"),
+]
+ARGUMENTS = ["speedrun", "--set", *SETTINGS, "--results-dir", "runs", "--name", "many"]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster whose head has room for one worker."""
+    for name, value in ON_A_BUSY_MACHINE.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(cluster: Cluster, tmp_path: Path) -> None:
+    root, output = tmp_path / "runs" / "many", tmp_path / "output"
+    second = cluster.add_node(num_cpus=1)
+    with running(tmp_path, *ARGUMENTS, "--elastic", "1:2", "--address", cluster.address, output=output) as process:
+        wait_for_epochs(root, 2, process, output)
+        assert "\n2 workers, CPU\n" in output.read_text()
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: "with 1 worker, CPU" in output.read_text(), process, output)
+        wait_for_epochs(root, epochs_in_log(root) + 2, process, output)
+        cluster.add_node(num_cpus=1)
+        wait_until(lambda: "with 2 workers, CPU" in output.read_text(), process, output)
+        wait_for_epochs(root, epochs_in_log(root) + 2, process, output)
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 130, output.read_text()
+    epochs = Experiment.open(root.parent, "many").epochs()["epoch"].tolist()
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def can_hide_folders() -> bool:
+    """Whether a process can be given a view of the file system of its own."""
+    tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    return tried.returncode == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not can_hide_folders(), reason="mount namespaces need root on Linux")
+def test_a_results_folder_that_another_host_does_not_see_is_refused_before_training(
+    cluster: Cluster, tmp_path: Path, command: CommandLine
+) -> None:
+    (tmp_path / "runs").mkdir()
+    start = (
+        f"mount -t tmpfs none {tmp_path}/runs && exec {sys.executable} -m ray.scripts.scripts start --block "
+        f"--num-cpus 1 --address {cluster.address} --disable-usage-stats"
+    )
+    with (tmp_path / "host").open("wb") as log:
+        host = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", start], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while len(cluster.global_state._live_node_ids()) < 2:
+            assert host.poll() is None, (tmp_path / "host").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "host").read_text()
+            time.sleep(0.1)
+        done = command("orchestrator.train", *ARGUMENTS, "--num-workers", "2", "--address", cluster.address)
+    finally:
+        os.killpg(host.pid, 15)
+        host.wait(timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"--results-dir {tmp_path}/runs is not seen from" in done.stderr
+    assert not (tmp_path / "runs" / "many").exists()
