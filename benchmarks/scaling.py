@@ -47,18 +47,22 @@ from trainables.resident import ResidentImages
 from trainables.trial import serialized
 
 TARGETS = (8, 64)
-LINK_BYTES = {"one host, NVLink": 450e9, "between hosts, 400 Gb/s": 50e9}
-"""A direction's, by the datasheets of an H200 and of its usual network card."""
+LINK_BYTES = {
+    "cuda": {"one host, NVLink": 450e9, "between hosts, 400 Gb/s": 50e9},
+    "cpu": {"between hosts, 10 Gb/s": 1.25e9},
+}
+"""A direction's bytes a second: of an H200's links and its usual network card, by their datasheets."""
 SHARES_MEASURED = (1, 2, 4)
 MOST_OVERHEAD = 0.05
 
 
 def noise(config: TrainConfig, *, steps: int) -> SplitImages:
-    """Images of CIFAR-100's shape for so many steps."""
+    """Images of CIFAR-100's shape for so many steps; of fewer classes where there are not as many images."""
     count = config.batch_size * steps
+    classes = min(100, count)
     images = np.random.default_rng(0).integers(0, 256, size=(count + 200, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(count + 200) % 100
-    return split(LabelledImages(images, labels, 200, tuple(map(str, range(100)))), val_fraction=0.0)
+    labels = np.arange(count + 200) % classes
+    return split(LabelledImages(images, labels, 200, tuple(map(str, range(classes)))), val_fraction=0.0)
 
 
 def measured(ranks: Ranks, config: TrainConfig, steps: int, rounds: int, device: str) -> dict[str, Any]:
@@ -85,10 +89,11 @@ def measured(ranks: Ranks, config: TrainConfig, steps: int, rounds: int, device:
         for _ in data.batches(config, epoch=1, image_size=32):
             pass
 
-    alternatives: dict[str, Callable[[], object]] = {"bare": bare, "training": training, "input": only_input}
+    alternatives: dict[str, Callable[[], None]] = {"bare": bare, "training": training, "input": only_input}
     if ranks.several:
         alternatives["unexchanged"] = unexchanged
-    seconds = in_turns(alternatives, rounds=rounds, device=device)
+    together = {name: _together(run, ranks) for name, run in alternatives.items()}
+    seconds = in_turns(together, rounds=rounds, device=device)
     agreement.close()
     per_step = {name: median(of) / steps for name, of in seconds.items()}
     return {
@@ -98,6 +103,17 @@ def measured(ranks: Ranks, config: TrainConfig, steps: int, rounds: int, device:
         "multiply_adds": learner.multiply_adds,
         **(checkpoint(state) if ranks.is_first else {}),
     }
+
+
+def _together(run: Callable[[], None], ranks: Ranks) -> Callable[[], None]:
+    """Run until the last rank is done, so that the next alternative begins on all of them at once."""
+
+    def all_run() -> None:
+        run()
+        if ranks.several:
+            dist.barrier()
+
+    return all_run
 
 
 def checkpoint(state: TrainState) -> dict[str, float]:
@@ -132,7 +148,7 @@ def _shares_measured(config: TrainConfig, rounds: int, steps: int, device: str) 
 
 
 def projection(
-    config: TrainConfig, *, step_of: dict[int, float], input_of_image: float, gradient_bytes: int
+    config: TrainConfig, *, step_of: dict[int, float], input_of_image: float, gradient_bytes: int, device: str
 ) -> list[dict]:
     """Images/s of more devices, from a device's steps by share, its input, and the bytes to exchange."""
     per_image, fixed = np.polyfit(list(step_of), list(step_of.values()), 1)
@@ -141,7 +157,7 @@ def projection(
     for workers in TARGETS:
         share = config.batch_size / workers
         compute = fixed + per_image * share + input_of_image * share
-        for link, speed in LINK_BYTES.items():
+        for link, speed in LINK_BYTES[device].items():
             exchange = 2 * (workers - 1) / workers * gradient_bytes / speed
             for hidden in (True, False):
                 seconds = max(compute, exchange) if hidden else compute + exchange
@@ -236,7 +252,11 @@ def main() -> None:
     synchronize(args.device)
     per_image = rows[0]["input"] / (config.batch_size / rows[0]["workers"])
     projected = projection(
-        config, step_of=step_of, input_of_image=per_image, gradient_bytes=int(rows[0]["gradient_bytes"])
+        config,
+        step_of=step_of,
+        input_of_image=per_image,
+        gradient_bytes=int(rows[0]["gradient_bytes"]),
+        device=args.device,
     )
     print("projection, not measured, from a device's steps " + ", ".join(f"{s}: {t:.4f} s" for s, t in step_of.items()))
     for row in projected:

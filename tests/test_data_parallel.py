@@ -269,11 +269,15 @@ def test_a_projection_is_the_line_through_the_steps_and_the_bytes_over_the_link(
     # A step is 0.01 s and 0.001 s an image: of 2048 on 8 devices 0.01 + 0.256 s. A ring of 8 sends 2 x 7/8 of 4.5 GB.
     step_of = {share: 0.01 + 0.001 * share for share in (2048, 1024, 512)}
     rows = projection(
-        replace(AUGMENTED, batch_size=2048), step_of=step_of, input_of_image=0.0, gradient_bytes=4_500_000_000
+        replace(AUGMENTED, batch_size=2048),
+        step_of=step_of,
+        input_of_image=0.0,
+        gradient_bytes=4_500_000_000,
+        device="cuda",
     )
-    assert len(rows) == 2 * len(TARGETS) * len(LINK_BYTES)
+    assert len(rows) == 2 * len(TARGETS) * len(LINK_BYTES["cuda"])
     by_key = {(row["workers"], row["link"], row["exchange_hidden"]): row for row in rows}
-    link = next(name for name, speed in LINK_BYTES.items() if speed == 450e9)
+    link = next(name for name, speed in LINK_BYTES["cuda"].items() if speed == 450e9)
     shown = by_key[8, link, False]
     assert shown["exchange_seconds"] == pytest.approx(2 * 7 / 8 * 4.5e9 / 450e9)
     assert shown["images_per_second"] == pytest.approx(2048 / (0.266 + 0.0175))
