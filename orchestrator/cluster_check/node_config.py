@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,11 @@ NUMBERS = ("float", "double")
 
 def has_botocore() -> bool:
     """Whether the model is there to check against."""
-    return importlib.util.find_spec("botocore") is not None
+    try:
+        importlib.import_module("botocore")
+    except ImportError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

@@ -65,6 +65,7 @@ def preparation_findings(document: Document) -> Iterator[Finding]:
     """What Ray's own preparation and validation refuse, for a file in which nothing else was found wrong."""
     util = importlib.import_module("ray.autoscaler._private.util")
     click = importlib.import_module("click")
+    jsonschema = importlib.import_module("jsonschema")
     config = copy.deepcopy(document.value)
     if document.at("provider", "type") == "aws":
         for node_type in config.get("available_node_types", {}).values():
@@ -77,3 +78,5 @@ def preparation_findings(document: Document) -> Iterator[Finding]:
             util.validate_config(util.prepare_config(config))
     except (*refusals, OSError, RuntimeError, TypeError, ValueError, click.ClickException) as error:
         yield document.error((), f"Ray refuses the file: {_shortened(error) or _shortened(said.getvalue())}")
+    except jsonschema.ValidationError as error:
+        yield document.error((), f"Ray refuses the file: {_shortened(error.message)}")
