@@ -61,13 +61,22 @@ def node_type_findings(document: Document) -> Iterator[Finding]:
     yield from _counts(document, types)
     yield from _roles(document, types)
     yield from _images_are_one(document, types)
+    said: set[tuple[int, str]] = set()
     for node_type in types:
-        yield from _limits(node_type)
-        yield from _image(node_type)
-        yield from _disk(node_type)
-        yield from _firewall(node_type)
-        yield from _key(node_type)
-        yield from _head(node_type) if node_type.is_head else _spot(node_type, types)
+        for finding in _of_one(node_type, types):
+            nameless = (finding.line, finding.message.replace(node_type.name, ""))
+            if nameless not in said:  # else an alias has brought the same part here
+                said.add(nameless)
+                yield finding
+
+
+def _of_one(node_type: NodeType, types: list[NodeType]) -> Iterator[Finding]:
+    yield from _limits(node_type)
+    yield from _image(node_type)
+    yield from _disk(node_type)
+    yield from _firewall(node_type)
+    yield from _key(node_type)
+    yield from _head(node_type) if node_type.is_head else _spot(node_type, types)
 
 
 def _head_is_named(document: Document, head: object, names: list[str]) -> Iterator[Finding]:
