@@ -135,6 +135,12 @@ MISTAKES: dict[str, Mistake] = {
         "error",
         "this looks like a value for WANDB_API_KEY",
     ),
+    "password in a command": (
+        replaced("head_setup_commands: []", "head_setup_commands: [mysql --password=hunter22 < setup.sql]"),
+        top_level("head_setup_commands"),
+        "error",
+        "this looks like a value for password",
+    ),
     "head that scales nothing": (
         replaced(" --autoscaling-config=~/ray_bootstrap_config.yaml", ""),
         first_line_with("ray start --head"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from botocore.session import Session
+from botocore.validate import ParamValidator
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +71,20 @@ def test_a_mistake_is_named_on_its_line(
     assert about_it, f"not found: {sentence}\n" + "\n".join(map(str, findings))
     assert (line(text), severity) in [(finding.line, finding.severity) for finding in about_it]
     assert not any(sentence in finding.message for finding in findings_in(tmp_path, base))
+
+
+def test_a_file_named_like_a_secret_is_none(tmp_path: Path) -> None:
+    (tmp_path / "auth_token").write_text("0" * 64)
+    text = replaced("auth_token: ~/.ray/auth_token", "auth_token: ./auth_token")(AWS)
+    assert not any("looks like" in finding.message for finding in findings_in(tmp_path, text))
+
+
+def test_botocore_itself_accepts_every_node_config() -> None:
+    shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for node_type in yaml.safe_load(AWS)["available_node_types"].values():
+        numbers = {"MinCount": 1, "MaxCount": 1}  # which Ray adds
+        report = ParamValidator().validate({**node_type["node_config"], **numbers}, shape)
+        assert not report.has_errors(), report.generate_report()
 
 
 def paths_in(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -14,7 +14,7 @@ SECRETS = {
     re.compile(r"(?i)aws_?secret_?access_?key['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9/+]{30,}"): "an AWS secret key",
 }
 NAMED_SECRET = re.compile(
-    r"(?i)\b([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
+    r"(?i)(?<![/\w.-])([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
 )
 NOT_SECRET = re.compile(r"^(?:[$~/<]|YOUR|required$|optional$|https?://)")
 PLACEHOLDER = re.compile(
@@ -71,7 +71,7 @@ def secret_findings(text: str) -> Iterator[Finding]:
                 yield _secret(line, what)
         for name, value in NAMED_SECRET.findall(content):
             if not NOT_SECRET.match(value) and not any(pattern.search(content) for pattern in SECRETS):
-                yield _secret(line, f"a value for {name}")
+                yield _secret(line, f"a value for {name.lstrip('-')}")
 
 
 def _secret(line: int, what: str) -> Finding:

@@ -159,7 +159,7 @@ def _spot(node_type: NodeType, types: list[NodeType]) -> Iterator[Finding]:
     if not fallback:
         yield document.warning(
             options,
-            f"{node_type.name} is spot and no on-demand type has its {node_type.gpus:g} GPUs: all waits for "
+            f"{node_type.name} is spot and no on-demand type has its {node_type.gpus:g} GPUs, so all waits for "
             "capacity; add one with a lower priority",
         )
     if document.at(*options, "SpotOptions", "SpotInstanceType") == "persistent":
