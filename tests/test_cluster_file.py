@@ -18,12 +18,12 @@ from tests.conftest import ROOT
 
 Bundle = dict[str, int]
 TRIAL = {"CPU": 1, "GPU": 1}
-# What Ray asks AWS for and adds to the declared resources: they take part in how it scores a type.
+# What Ray adds to the declared resources, as AWS describes the types: they take part in how it scores one.
 ADDED = {
-    "g6.xlarge": {"memory": 11e9, "accelerator_type:L4": 1.0},
-    "g5.xlarge": {"memory": 11e9, "accelerator_type:A10G": 1.0},
-    "p4d.24xlarge": {"memory": 8e11, "accelerator_type:A100": 1.0},
-    "p4de.24xlarge": {"memory": 8e11, "accelerator_type:A100": 1.0},
+    "g6.xlarge": {"memory": 12025908428, "accelerator_type:L4": 1.0},
+    "g5.xlarge": {"memory": 12025908428, "accelerator_type:A10G": 1.0},
+    "p4d.24xlarge": {"memory": 865865406873, "accelerator_type:A100": 1.0},
+    "p4de.24xlarge": {"memory": 865865406873, "accelerator_type:A100": 1.0},
 }
 
 

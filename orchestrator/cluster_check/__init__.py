@@ -40,8 +40,7 @@ def check(path: Path) -> list[Finding]:
     findings += files.secret_findings(text)
     if not documents and not findings:
         findings.append(Finding(document.FIRST_LINE, "error", "the file is empty; start from cluster.yaml"))
-    if not any(finding.severity == "error" and not documents for finding in findings):
-        findings += _checked(documents, path.parent, project)
+    findings += _checked(documents, path.parent, project)
     return sorted(set(findings))
 
 
