@@ -140,6 +140,7 @@ def test_no_part_left_out_or_of_another_type_ends_in_a_traceback(
 @example(text="? [a]\n: b")
 @example(text="a: 2025-99-99")
 @example(text="!!python/object:os.system x")
+@example(text="[" * 2000)
 @example(text="")
 def test_no_text_ends_in_a_traceback(text: str, tmp_path: Path) -> None:
     assert any(finding.severity == "error" for finding in findings_in(tmp_path, text))

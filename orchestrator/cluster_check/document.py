@@ -141,6 +141,8 @@ def read(text: str) -> tuple[list[Document], list[Finding]]:
         return [], [_syntax_error(error, text)]
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-99-99
         return [], [Finding(FIRST_LINE, "error", f"this is not YAML: {error}")]
+    except RecursionError:
+        return [], [Finding(FIRST_LINE, "error", "parts stand within parts hundreds deep; flatten the file")]
 
 
 def _read(loader: yaml.SafeLoader, text: str) -> tuple[list[Document], list[Finding]]:
