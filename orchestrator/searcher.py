@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray._private.state import state as ray_state
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -156,6 +158,10 @@ def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
             ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
         except (OSError, ValueError) as error:
             raise UsageError(f"--address {address}: no Ray cluster answers there ({error})") from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise UsageError(f"--address {address}: {_versions(str(error))}") from error
     else:
         os.environ.update(environment)
         ray.init(address="local", include_dashboard=False, **quiet)
@@ -172,6 +178,20 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
 
 
+def _versions(text: str) -> str:
+    """Ray's paragraph on versions that differ, in a sentence."""
+    found = re.findall(r"(Ray|Python): (\S+)", text)
+    theirs, ours = (" and ".join(" ".join(pair) for pair in pairs) for pairs in (found[:2], found[2:]))
+    return f"the cluster has {theirs}, this process {ours}; install the same versions here and there"
+
+
+def cluster_room() -> dict[str, float]:
+    """The resources of the cluster: those it has, or may come to have where it grows by itself."""
+    there = ray.cluster_resources()
+    most = ray_state.get_max_resources_from_cluster_config() or {}
+    return {name: max(float(there.get(name, 0)), float(most.get(name, 0))) for name in {*there, *most}}
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a trial gets, and how many trials run at a time."""
@@ -185,14 +205,14 @@ class Resources:
 def choose_resources(
     device: str, *, cpus_per_trial: int, gpus_per_trial: float | None, max_concurrent: int | None, num_trials: int
 ) -> Resources:
-    """Settle `device` ("auto": a GPU if the cluster has one, else mps or cpu) and how many trials run at a time.
+    """Settle `device` ("auto": a GPU if the cluster has or can get one, mps or cpu else) and how many trials run at once.
 
     By default as many as there is room for, but at most a third of all: those that run before any has ended are
     drawn without a model.
 
     Raises UsageError when the cluster has not what a trial wants.
     """
-    cluster = ray.cluster_resources()
+    cluster = cluster_room()
     if device == "auto":
         device = "cuda" if cluster.get("GPU", 0) else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not cluster.get("GPU", 0):

@@ -23,7 +23,7 @@ from rich.console import Console
 from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import ray_cluster
+from orchestrator.searcher import cluster_room, ray_cluster
 from orchestrator.tracking import Track, Tracked, tracking
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
@@ -125,7 +125,7 @@ def drive(
 
 def choose_device(device: str, workers: Workers) -> str:
     """`auto` settled: GPUs if the cluster has any. Raises UsageError when there are fewer than workers."""
-    there = ray.cluster_resources()
+    there = cluster_room()
     if device == "mps":
         raise UsageError("--device mps: Ray Train has no workers for it; give --device cpu, or leave --num-workers out")
     if device == "auto":

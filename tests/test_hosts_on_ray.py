@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 
+from orchestrator import searcher, workers
+from results.schema import UsageError
 from results.store import Experiment
 from tests.conftest import CommandLine
 from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs
@@ -63,6 +66,31 @@ def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(clus
         assert process.wait(timeout=PATIENCE) == 130, output.read_text()
     epochs = Experiment.open(root.parent, "many").epochs()["epoch"].tolist()
     assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searcher.ray, "cluster_resources", lambda: {"CPU": 0.0, "memory": 8.0})
+    monkeypatch.setattr(searcher.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 32, "GPU": 4})
+    assert searcher.cluster_room() == {"CPU": 32, "GPU": 4, "memory": 8}
+    chosen = searcher.choose_resources(
+        "auto", cpus_per_trial=4, gpus_per_trial=None, max_concurrent=None, num_trials=100
+    )
+    assert (chosen.device, chosen.max_concurrent) == ("cuda", 4)
+    assert workers.choose_device("auto", workers.Workers(4, 4)) == "cuda"
+    with pytest.raises(UsageError, match=r"--num-workers 5, but Ray sees 4 GPUs"):
+        workers.choose_device("auto", workers.Workers(5, 5))
+
+
+def test_a_cluster_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: object) -> None:
+        check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "here", raise_on_mismatch=True)
+
+    monkeypatch.setattr(searcher.ray, "init", init)
+    with (
+        pytest.raises(UsageError, match=r"the cluster has Ray 2.1.0 and Python 3.9.1, this process Ray .* install the"),
+        searcher.ray_cluster("auto", threads=1),
+    ):
+        pass
 
 
 def can_hide_folders() -> bool:
