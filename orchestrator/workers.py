@@ -7,11 +7,9 @@ import os
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -22,7 +20,7 @@ from rich.console import Console
 from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import ray_cluster
+from orchestrator.searcher import check_reachable, ray_cluster
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
 from results.schema import EpochResult, UsageError
@@ -38,7 +36,6 @@ from trainables.trial import check_resumable
 FRUITLESS_RESTARTS = 2
 SECONDS_TO_STOP = 60.0
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_ANSWER = 60.0
 TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -94,7 +91,7 @@ def drive(
             stack.enter_context(experiment.driving())
         else:
             for trial in experiment.history.unfinished:
-                check_resumable(plan.space.base, data, experiment.files(trial.trial_id).resume)
+                check_resumable(plan.space.base, data, experiment.files(trial.trial_id))
             driver.record_resumption(experiment, plan, data)
         ledger = driver.make_ledger(experiment, plan, max_concurrent=1)
         reference = ray.put(data)
@@ -130,42 +127,6 @@ def choose_device(device: str, workers: Workers) -> str:
             f"{advice}, or give an --address with more"
         )
     return device
-
-
-def check_reachable(results_dir: str) -> None:
-    """Raise UsageError when some host of the cluster does not see the results folder."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes if node["NodeID"] != here}
-    if not others:
-        return
-    folder = Path(results_dir).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe.{uuid.uuid4().hex}.tmp"
-    probe.touch()
-    try:
-        asked = {
-            host: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
-            for node, host in others.items()
-        }
-        blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
-    finally:
-        probe.unlink()
-    if blind:
-        raise UsageError(not_reachable(folder, blind))
-
-
-def not_reachable(folder: Path, hosts: list[str]) -> str:
-    """What is wrong with a results folder that some hosts do not see, and the fix."""
-    return (
-        f"--results-dir {folder} is not seen from {', '.join(sorted(hosts))}, where workers may train and write "
-        f"checkpoints; give a folder that all hosts share, such as a network file system or a mounted bucket"
-    )
-
-
-@ray.remote(num_cpus=0)
-def _sees(path: str) -> bool:
-    return os.path.exists(path)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
