@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import socketserver
 import threading
@@ -26,12 +27,16 @@ class Gate(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
 
     def __init__(self, port: int) -> None:
-        self._behind = port
+        self.behind = port
         self.is_shut = False
         self.num_refused = 0
         self.num_bytes_sent = 0
         super().__init__(("127.0.0.1", 0), _Passed)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __exit__(self, *args: object) -> None:
+        self.shutdown()
+        self.server_close()
 
     @property
     def port(self) -> int:
@@ -43,7 +48,7 @@ class Gate(socketserver.ThreadingTCPServer):
         if self.is_shut:
             self.num_refused += 1
             return
-        with socket.create_connection(("127.0.0.1", self._behind)) as server:
+        with socket.create_connection(("127.0.0.1", self.behind)) as server:
             back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
             back.start()
             self._pump(client, server, count=True)
@@ -70,6 +75,7 @@ class _Passed(socketserver.BaseRequestHandler):
 @contextmanager
 def s3_server() -> Iterator[int]:
     """An S3 server with an empty bucket. Yields its port."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
