@@ -288,7 +288,8 @@ class Mirror:
         try:
             if self._taken_over is None:
                 self._send_patiently(fix)
-                self._mark_same()
+                with contextlib.suppress(Unreachable, Refused):  # then they are fetched once more
+                    self._mark_same()
                 (self._root / UNSENT).unlink(missing_ok=True)
         finally:
             self._lease.release()
