@@ -212,8 +212,9 @@ class EventLog:
             raise OSError(f"{self.segment} could not be written to earlier; resume the experiment")
         data = "".join(encode(event) for event in events).encode()
         if self._written >= self._segment_bytes:
-            self.close()
+            whole = self._file
             self._begin_segment(int(self.segment.stem) + 1)
+            os.close(whole)
         self._written += len(data)
         try:
             if os.write(self._file, data) != len(data):  # how a disk announces that it has just become full

@@ -84,6 +84,7 @@ def _pull(remote: ObjectStore, root: Path) -> None:
     there = {name: info for name, info in remote.objects().items() if not ON_DEMAND.match(name)}
     if is_unsent(root) and _is_ahead(remote, root, [name for name in there if name.startswith("events/")]):
         return
+    (root / UNSENT).unlink(missing_ok=True)  # first: what is half fetched is ahead of nothing
     stale = [name for name in _present(root) if name not in there and not ON_DEMAND.match(name)]
     for name in stale:
         (root / name).unlink()
@@ -92,7 +93,6 @@ def _pull(remote: ObjectStore, root: Path) -> None:
     for names in ([n for n in sent if not n.startswith("events/")], [n for n in sent if n.startswith("events/")]):
         in_parallel(lambda name: _fetch(remote, root / name, name, there[name]), names)
     (root / "events").mkdir(exist_ok=True)
-    (root / UNSENT).unlink(missing_ok=True)
 
 
 def mark_unsent(root: Path) -> None:
@@ -215,7 +215,7 @@ class Mirror:
             except ExperimentLocked as error:
                 self._taken_over = error
                 return
-            except (Unreachable, Refused):
+            except (OSError, Refused):  # the store does not answer, or a file has been replaced meanwhile
                 continue
             if due:
                 tables_at = time.monotonic() + TABLES_SECONDS
@@ -254,9 +254,10 @@ class Mirror:
         self._sent[name] = stamp
 
     def _remove_vanished(self) -> None:
-        for name in set(self._sent) - set(_present(self._root)):
-            if not ON_DEMAND.match(name):
-                self._remote.remove(name)
+        """Remove parts of tables that have been replaced by others; nothing else ever is."""
+        gone = set(self._sent) - set(_present(self._root))
+        for name in sorted(name for name in gone if name.startswith(("trials/", "epochs/"))):
+            self._remote.remove(name)
             del self._sent[name]
 
     def _remove_superfluous(self, of_trials: dict[str, Callable[[str], bool]]) -> None:
@@ -276,10 +277,11 @@ class Mirror:
         A driver that was killed may have started trials that its log in the store does not tell of: their numbers are
         going to be given to others, which must not go on from these checkpoints.
         """
+        remote = replace(self._remote, patience=self._patience)
         for folder in ("checkpoints", "predictions"):
-            for name in self._remote.objects(folder):
+            for name in remote.objects(folder):
                 if name.split("/")[1].removesuffix(".parquet") not in trial_ids:
-                    self._remote.remove(name)
+                    remote.remove(name)
 
     def close(self, *, fix: str) -> None:
         """Send everything and give the lease back. Raises Unreachable or Refused, with the `fix`, when that fails."""

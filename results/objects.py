@@ -77,6 +77,10 @@ def canonical(uri: str) -> str:
         raise UsageError(
             f"{uri!r} is no place for results; wanted a local folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
         )
+    if "@" in path.partition("/")[0]:  # it is recorded with the command line
+        raise UsageError(
+            "credentials do not belong into a URI; give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        )
     options = dict(parse_qsl(query))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if scheme == "s3" and endpoint and "endpoint_override" not in options:

@@ -260,7 +260,7 @@ class Experiment:
     def files(self, trial_id: str) -> TrialFiles:
         """Where the worker of a trial writes."""
         remote = "" if self.remote is None else self.remote.uri
-        return TrialFiles(str(self.root.absolute()), trial_id, self.generation, remote)
+        return TrialFiles(str(self.root.absolute()), trial_id, self.generation, remote=remote)
 
     def tidy(self, trial: TrialHistory) -> None:
         """Remove what an ended trial does not need: all but its weights, and these once retention has removed them.

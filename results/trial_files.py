@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,7 @@ class TrialFiles:
     root: str
     trial_id: str
     generation: int
-    remote: str = ""
+    remote: str = field(default="", kw_only=True)
 
     @property
     def resume(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -128,6 +129,8 @@ def test_a_uri_says_all_that_another_host_must_know(monkeypatch: pytest.MonkeyPa
     assert canonical(canonical(given)) == given
     assert within(given, "x/y") == "s3://bucket/a/x/y?endpoint_override=other:1&scheme=http"
     assert objects.above(within(given, "x")) == given
+    with pytest.raises(UsageError, match="credentials do not belong into a URI"):
+        canonical("s3://key:secret@bucket/a")
     with pytest.raises(UsageError, match="no place for results; wanted a local folder, s3://BUCKET"):
         canonical("s3://")
 
@@ -463,6 +466,37 @@ def test_a_driver_on_another_host_is_refused_until_the_lease_is_given_back(
     assert stored(results).info("lease.json") is None
 
 
+def test_a_lease_is_renewed_and_given_back(results: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEWED_SECONDS", 0.1)
+    store = stored(results)
+    with new_experiment(results).driving():
+        first = store.info(lock.LEASE)
+        assert first is not None
+        eventually(lambda: store.info(lock.LEASE) != first)
+        assert store.info(lock.LEASE) is not None
+    assert store.info(lock.LEASE) is None
+
+
+def test_the_lease_of_a_driver_that_is_gone_lapses(
+    results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_driver(results, tmp_path, after=3)
+    be_on("second", tmp_path, monkeypatch)
+    experiment = Experiment.open(results, "sim")
+    monkeypatch.setattr(lock, "LAPSED_SECONDS", 1e9)
+    with pytest.raises(ExperimentLocked, match="is being written to from first"):
+        experiment.rebuild()
+    monkeypatch.setattr(lock, "LAPSED_SECONDS", 1.0)
+
+    def can_be_driven() -> bool:
+        with contextlib.suppress(ExperimentLocked):
+            experiment.rebuild()
+            return True
+        return False
+
+    eventually(can_be_driven)
+
+
 def test_a_superseded_driver_overwrites_nothing_and_is_told(
     results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -661,3 +695,35 @@ def test_commands_leave_in_a_store_what_they_leave_on_a_disk(
     places = (results, str(tmp_path / "disk"))
     probs = [load_ensemble(within(place, "digits/ensembles/e0001")).predict(images) for place in places]
     assert (probs[0] == probs[1]).all()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_goes_on_after_an_outage_as_if_there_had_been_none(
+    results: str, port: int, command: CommandLine, tmp_path: Path
+) -> None:
+    arguments = ["digits", "--num-trials", "6", "--max-epochs", "3", "--max-concurrent", "1"]
+    done = command("orchestrator.search", *arguments, "--results-dir", str(tmp_path / "disk"))
+    assert done.returncode == 0, done.stderr
+    with Gate(port) as gate:
+        search_command = [sys.executable, "-m", "orchestrator.search", *arguments]
+        process = subprocess.Popen(
+            [*search_command, "--results-dir", through(gate, results)],
+            cwd=tmp_path,
+            env=command_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        store = stored(results, "digits")
+        eventually(lambda: any('"epoch"' in line for line in log_in(store, tmp_path / "log")))
+        gate.is_shut = True
+        refused = gate.num_refused
+        eventually(lambda: gate.num_refused > refused + 10)
+        assert process.poll() is None
+        gate.is_shut = False
+        said = process.communicate()[1]
+    assert process.returncode == 0, said
+    ours, theirs = (Experiment.open(place, "digits").trials() for place in (results, str(tmp_path / "disk")))
+    pd.testing.assert_frame_equal(ours[FIGURES], theirs[FIGURES])
+    assert (ours["retries"] == 0).all()
