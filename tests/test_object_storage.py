@@ -278,6 +278,7 @@ def killed_driver(results: str, tmp_path: Path, *, after: int = 0, num_puts: int
 
 
 # The second put is the generation's; then turns of the mirror follow: the log and, now and then, tables.
+@pytest.mark.slow
 @pytest.mark.parametrize("num_puts", [4, 6, 9, 12, 20, 41])
 def test_another_host_goes_on_from_a_killed_driver_and_loses_no_event_that_was_sent(
     num_puts: int, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -635,7 +636,7 @@ def closed() -> Iterator[int]:
         (lambda: answering((404, "NoSuchBucket")), f"there is no bucket '{BUCKET}' .* create it"),
         (lambda: answering((301, "PermanentRedirect")), "was refused .* mend its endpoint_override, scheme or region"),
         (closed, "does not answer .* mend its endpoint or the network"),
-        (silent, "does not answer .* mend its endpoint or the network"),
+        pytest.param(silent, "does not answer .* mend its endpoint or the network", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("main", [search.main, train.main])
