@@ -22,8 +22,8 @@ from results.schema import UsageError
 SCHEMES = ("s3", "gs")
 PATIENCE_SECONDS = 300.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 10.0
-CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 10.0
-ANSWER_SECONDS = 12.0
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 6.0  # without a byte
+ANSWER_SECONDS = 8.0  # a command has taken seconds to begin by then
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist", re.IGNORECASE)
 DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|MISSING_AUTHENTICATION_TOKEN"
