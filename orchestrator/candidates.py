@@ -279,6 +279,7 @@ def _usable(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
 def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
     """The usable trials, a row for each variant with whole predictions; what is left out is named in a warning."""
     usable = _usable(experiment, include_stopped=include_stopped).assign(experiment=experiment.name)
+    experiment.fetch_predictions(usable["trial_id"])
     usable["train_seconds"] += _teacher_seconds(experiment)
     sizes = {split: size for split, size in experiment.info["split_sizes"].items() if split != "train" and size}
     lacking: dict[str, str] = {}
@@ -311,9 +312,9 @@ def _teacher_seconds(experiment: Experiment) -> float:
     teacher = experiment.info.get("teacher")
     if not teacher:
         return 0.0
-    if teacher["experiment"] not in names(experiment.root.parent):
+    if teacher["experiment"] not in names(experiment.results_dir):
         return 0.0
-    beside = Experiment.open(experiment.root.parent, teacher["experiment"])
+    beside = Experiment.open(experiment.results_dir, teacher["experiment"])
     path = beside.ensemble_folder(teacher["ensemble_id"]) / "scores.parquet"
     if not path.exists():
         return 0.0

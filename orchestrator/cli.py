@@ -13,6 +13,7 @@ from types import FrameType
 import optuna
 from rich.console import Console
 
+from results.objects import canonical, is_remote
 from results.schema import DataWarning, UsageError
 from results.store import DEFAULT_RESULTS_DIR
 
@@ -159,9 +160,12 @@ def _above_zero(text: str, *, most: float, wanted: str) -> float:
 
 
 def results_dir(text: str) -> str:
-    """An argument type: a local folder for results."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a local folder; object stores are not supported yet")
+    """An argument type: a local folder for results, or the URI of a place in an object store."""
+    if is_remote(text):
+        try:
+            canonical(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -171,7 +175,7 @@ def add_results_dir(parser: argparse.ArgumentParser) -> None:
         "--results-dir",
         type=results_dir,
         default=DEFAULT_RESULTS_DIR,
-        help="where experiments lie (default: %(default)s)",
+        help="where experiments lie: a folder, or s3://BUCKET/PREFIX (default: %(default)s)",
     )
 
 

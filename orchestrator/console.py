@@ -222,8 +222,8 @@ def print_summary(console: Console, ledger: Ledger) -> None:
         console.print(Text(line), soft_wrap=True)
     if ledger.space.further_objectives:
         print_front(console, completed, ledger.space)
-    root = ledger.experiment.root
-    console.print(f"{root}: {size(ledger.experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
+    where = ledger.experiment.where
+    console.print(f"{where}: {size(ledger.experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
 
 
 def finalist_lines(ledger: Ledger) -> list[str]:

@@ -26,7 +26,7 @@ from orchestrator.plan import SearchPlan
 from orchestrator.serving import Ensemble, digest, load_ensemble
 from orchestrator.training import Teach, choose_device, drive
 from results.schema import Scalar, UsageError
-from results.store import Experiment, names
+from results.store import Experiment, exists, names
 from search_spaces.space import Budget, NamedSpace, SearchSpace
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -71,8 +71,8 @@ class Teacher:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
-        return self.experiment.ensemble_folder(self.ensemble_id)
+        """Where it lies, with its members' weights."""
+        return self.experiment.whole_ensemble(self.ensemble_id)
 
     @property
     def config(self) -> TrainConfig:
@@ -198,7 +198,7 @@ class Part:
     @classmethod
     def prepared(cls, args: argparse.Namespace, name: str, plan: SearchPlan, *, required: bool) -> Part:
         """Opened to go on with, or checked to be new. One that is not `required` may not have been begun."""
-        begun = required or Path(args.results_dir, name).exists()
+        begun = required or exists(args.results_dir, name)
         # As many weights are kept as there are students.
         keep = args.num_seeds and max(SearchPlan.keep_checkpoints, args.num_seeds)
         resumed = argparse.Namespace(**{**vars(args), "resume": args.resume and begun, "keep_checkpoints": keep})
@@ -265,7 +265,7 @@ def conclude(finished: list[Experiment], teacher: Teacher, console: Console) -> 
     else:
         show_alone(console, finished[0], accuracies)
     for experiment in finished:
-        console.print(f"stored in {experiment.root}", highlight=False, soft_wrap=True)
+        console.print(f"stored in {experiment.where}", highlight=False, soft_wrap=True)
     return cli.FAILED if failed else cli.DONE
 
 

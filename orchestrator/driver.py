@@ -20,7 +20,7 @@ from orchestrator.strength import strength
 from results.events import ExperimentResumed, ExperimentStopped
 from results.history import History, TrialHistory
 from results.schema import Scalar, UsageError
-from results.store import Experiment
+from results.store import Experiment, exists
 from trainables.config import parse_overrides
 from trainables.datasets import SplitImages, load_dataset
 
@@ -210,7 +210,7 @@ def _given(plan: SearchPlan, history: History) -> list[dict[str, Scalar]]:
 
 def interrupted(args: argparse.Namespace, name: str, console: Console) -> int:
     """Write down that the driver was interrupted, and say how to go on."""
-    if not Path(args.results_dir, name).exists():
+    if not exists(args.results_dir, name):
         raise cli.Interrupted
     experiment = Experiment.open(args.results_dir, name)
     with experiment.driving():

@@ -19,7 +19,7 @@ MEMBERS_FOLDER = "members"
 
 @dataclass(frozen=True)
 class MemberFiles:
-    """Where the weights of a member lie in its own experiment: `experiment.files(trial_id).weights(variant)`."""
+    """Where the weights of a member lie in its own experiment: `experiment.weights(trial_id, variant)`."""
 
     experiment: str
     trial_id: str
@@ -44,7 +44,7 @@ class Chosen:
     @property
     def files(self) -> MemberFiles:
         """Where its weights lie."""
-        source = self.experiment.files(self.trial_id).weights(self.variant)
+        source = self.experiment.weights(self.trial_id, self.variant)
         return MemberFiles(self.experiment.name, self.trial_id, self.variant, source)
 
     def member(self, *, temperature: float, weights_file: str) -> Member:

@@ -325,8 +325,8 @@ class Ledger:
             trial_id=trial_id,
             status=status,
             stop_reason=reason,
-            has_predictions=files.predictions.exists(),
-            has_checkpoint=files.best.exists(),
+            has_predictions=files.exists(files.predictions),
+            has_checkpoint=files.exists(files.best),
             error=error,
         )
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from orchestrator import cli
+from results.objects import within
 from results.store import Experiment
 
 
@@ -22,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     experiment = Experiment.open(args.results_dir, args.name)
     experiment.rebuild()
-    history = experiment.history
-    print(f"{args.name}: rebuilt {len(history.ended)} rows of trials/ and the study from {experiment.root / 'events'}")
+    num_rows, log = len(experiment.history.ended), within(experiment.where, "events")
+    print(f"{args.name}: rebuilt {num_rows} rows of trials/ and the study from {log}")
     return cli.DONE
 
 

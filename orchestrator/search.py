@@ -22,7 +22,7 @@ from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import choose_resources, fit, ray_cluster
+from orchestrator.searcher import check_reachable, choose_resources, fit, ray_cluster
 from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
 from results.history import TrialHistory
@@ -137,6 +137,7 @@ def drive(
             max_concurrent=args.max_concurrent,
             num_trials=plan.space.budget.num_trials,
         )
+        check_reachable(args.results_dir)
         for config in plan.space.corners():
             check_trainable(config, data, device=resources.device)
         if experiment is None:

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,8 +21,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.ledger import Ledger
+from results.objects import is_remote
 from results.schema import EpochResult, UsageError
 from trainables.datasets import SplitImages
 from trainables.tune_trial import TuneTrial, worker_environment
@@ -29,6 +32,7 @@ from trainables.tune_trial import TuneTrial, worker_environment
 RESULT_FIELDS = [f.name for f in fields(EpochResult)]
 RETRIES = 2
 PROBE_SECONDS = 5.0
+SECONDS_TO_ANSWER = 60.0
 TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log is what is kept; Tune's own files are thrown away
@@ -190,6 +194,44 @@ def cluster_room() -> dict[str, float]:
     there = ray.cluster_resources()
     most = ray_state.get_max_resources_from_cluster_config() or {}
     return {name: max(float(there.get(name, 0)), float(most.get(name, 0))) for name in {*there, *most}}
+
+
+def check_reachable(results_dir: str) -> None:
+    """Raise UsageError when some host of the cluster does not see the results folder. All see an object store."""
+    if is_remote(results_dir):
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    here = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes if node["NodeID"] != here}
+    if not others:
+        return
+    folder = Path(results_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    try:
+        asked = {
+            host: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+            for node, host in others.items()
+        }
+        blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
+    finally:
+        probe.unlink()
+    if blind:
+        raise UsageError(not_reachable(folder, blind))
+
+
+def not_reachable(folder: Path, hosts: list[str]) -> str:
+    """What is wrong with a results folder that some hosts do not see, and the fix."""
+    return (
+        f"--results-dir {folder} is not seen from {', '.join(sorted(hosts))}, where workers may train and write "
+        f"checkpoints; give a folder that all hosts share, such as a network file system, or s3://BUCKET/PREFIX"
+    )
+
+
+@ray.remote(num_cpus=0)
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
 
 
 @dataclass(frozen=True)

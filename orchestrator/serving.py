@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from orchestrator.combination import COMBINERS, Combined
 from orchestrator.description import FILE_NAME, Description, Member, read_description
 from orchestrator.pooling import POOLS, pooled_log_probs
+from results.objects import is_remote
 from results.schema import DataWarning, FloatArray, IntArray, UsageError
+from results.store import Experiment
 from trainables.backbones import BACKBONES, check_backbone
 from trainables.evaluation import for_evaluation, predict_batches, viewed_logits
 from trainables.image_files import EncodedImage, decode_squares
@@ -49,7 +51,7 @@ def digest(folder: Path) -> str:
 
 
 def load_ensemble(path: str | Path, *, device: str = "cpu") -> Ensemble:
-    """The ensemble in a folder, on a device.
+    """The ensemble in a folder, or at a URI in an object store, on a device.
 
     Raises UsageError, naming the file, for a description or weights that are missing or damaged, and for an ensemble
     some of whose members' weights had been removed before it was made.
@@ -58,7 +60,7 @@ def load_ensemble(path: str | Path, *, device: str = "cpu") -> Ensemble:
         torch.zeros(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]}); give cpu") from error
-    folder = Path(path)
+    folder = _fetched(path) if isinstance(path, str) and is_remote(path) else Path(path)
     folder = folder.parent if folder.name == FILE_NAME else folder
     description = read_description(folder)
     for member in description.members:
@@ -66,6 +68,16 @@ def load_ensemble(path: str | Path, *, device: str = "cpu") -> Ensemble:
     _check_kept(folder, description)
     networks = tuple(_network(folder, description, member, device=device) for member in description.members)
     return Ensemble(description, networks, torch.device(device).type)
+
+
+def _fetched(uri: str) -> Path:
+    """The copy of an ensemble in an object store, at .../NAME/ensembles/ID."""
+    place, mark, options = uri.partition("?")
+    results_dir, _, within = place.rstrip("/").removesuffix(f"/{FILE_NAME}").rpartition("/ensembles/")
+    results_dir, _, name = results_dir.rpartition("/")
+    if not name or not within:
+        raise UsageError(f"{uri!r} is no ensemble; wanted s3://BUCKET/PREFIX/NAME/ensembles/ID")
+    return Experiment.open(f"{results_dir}{mark}{options}", name).whole_ensemble(within)
 
 
 def _check_kept(folder: Path, description: Description) -> None:

@@ -116,7 +116,7 @@ def print_results(console: Console, experiment: Experiment) -> int:
     _print_published(console, experiment)
     if row["regularization_verdict"]:
         console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
-    console.print(f"{experiment.root}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
+    console.print(f"{experiment.where}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
     return cli.DONE
 
 

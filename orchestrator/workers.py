@@ -6,11 +6,9 @@ import argparse
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +21,7 @@ from rich.console import Console
 from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import cluster_room, ray_cluster
+from orchestrator.searcher import check_reachable, cluster_room, ray_cluster
 from orchestrator.tracking import Track, Tracked, tracking
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
@@ -100,7 +98,7 @@ def drive(
             stack.enter_context(experiment.driving())
         else:
             for trial in experiment.history.unfinished:
-                check_resumable(plan.space.base, data, experiment.files(trial.trial_id).resume)
+                check_resumable(plan.space.base, data, experiment.files(trial.trial_id))
             driver.record_resumption(experiment, plan, data)
         ledger = driver.make_ledger(experiment, plan, max_concurrent=1)
         reference = ray.put(data)
@@ -139,42 +137,6 @@ def choose_device(device: str, workers: Workers) -> str:
             f"{advice}, or give an --address with more"
         )
     return device
-
-
-def check_reachable(results_dir: str) -> None:
-    """Raise UsageError when some host of the cluster does not see the results folder."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes if node["NodeID"] != here}
-    if not others:
-        return
-    folder = Path(results_dir).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe.{uuid.uuid4().hex}.tmp"
-    probe.touch()
-    try:
-        asked = {
-            host: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
-            for node, host in others.items()
-        }
-        blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
-    finally:
-        probe.unlink()
-    if blind:
-        raise UsageError(not_reachable(folder, blind))
-
-
-def not_reachable(folder: Path, hosts: list[str]) -> str:
-    """What is wrong with a results folder that some hosts do not see, and the fix."""
-    return (
-        f"--results-dir {folder} is not seen from {', '.join(sorted(hosts))}, where workers may train and write "
-        f"checkpoints; give a folder that all hosts share, such as a network file system or a mounted bucket"
-    )
-
-
-@ray.remote(num_cpus=0)
-def _sees(path: str) -> bool:
-    return os.path.exists(path)
 
 
 def _hire(workers: Workers) -> Any:

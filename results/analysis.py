@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from results.objects import is_remote
 from results.store import DEFAULT_RESULTS_DIR, Experiment, names
 
 
@@ -29,15 +30,20 @@ def learning_curves(results_dir: str | Path = DEFAULT_RESULTS_DIR) -> pd.DataFra
 
 def ensemble_scores(results_dir: str | Path = DEFAULT_RESULTS_DIR) -> pd.DataFrame:
     """The score tables of all ensembles, a column for the experiment."""
-    folder = Path(results_dir)
     files = (
-        (name, path) for name in names(folder) for path in sorted((folder / name).glob("ensembles/*/scores.parquet"))
+        (name, path)
+        for name in names(results_dir)
+        for path in sorted(_folder(results_dir, name).glob("ensembles/*/scores.parquet"))
     )
     return _together((name, pd.read_parquet(path)) for name, path in files)
 
 
 def _open(results_dir: str | Path, name: str) -> Experiment:
     return Experiment.open(results_dir, name)
+
+
+def _folder(results_dir: str | Path, name: str) -> Path:
+    return _open(results_dir, name).root if is_remote(results_dir) else Path(results_dir, name)
 
 
 def _together(tables: Iterable[tuple[str, pd.DataFrame]]) -> pd.DataFrame:

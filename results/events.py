@@ -190,19 +190,32 @@ def _epoch_result(values: dict[str, Any]) -> EpochResult:
 
 
 class EventLog:
-    """Appends events to one new segment of `folder`; every append is synced to disk before it returns."""
+    """Appends events to a new segment of `folder`; every append is synced to disk before it returns.
 
-    def __init__(self, folder: Path) -> None:
-        number = 1 + max((int(path.stem) for path in folder.glob(SEGMENT_GLOB)), default=0)
-        self.segment = folder / f"{number:06d}.jsonl"
-        self._file = os.open(self.segment, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+    `segment_bytes`: after so many another segment is begun; by default never.
+    """
+
+    def __init__(self, folder: Path, *, segment_bytes: float = math.inf) -> None:
+        self._folder = folder
+        self._segment_bytes = segment_bytes
         self._torn = False
+        self._begin_segment(1 + max((int(path.stem) for path in folder.glob(SEGMENT_GLOB)), default=0))
+
+    def _begin_segment(self, number: int) -> None:
+        self.segment = self._folder / f"{number:06d}.jsonl"
+        self._file = os.open(self.segment, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._written = 0
 
     def append(self, *events: Event) -> None:
         """Write events and sync them. After an OSError (a full disk) nothing more can be appended."""
         if self._torn:
             raise OSError(f"{self.segment} could not be written to earlier; resume the experiment")
         data = "".join(encode(event) for event in events).encode()
+        if self._written >= self._segment_bytes:
+            whole = self._file
+            self._begin_segment(int(self.segment.stem) + 1)
+            os.close(whole)
+        self._written += len(data)
         try:
             if os.write(self._file, data) != len(data):  # how a disk announces that it has just become full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.segment))

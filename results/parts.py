@@ -34,11 +34,20 @@ from results.schema import UsageError, trial_schema
 BLOCK = 200
 EPOCHS_SECONDS = 2.0
 NAMED_AT_MOST = 5
+LATER_COLUMNS = ("inference_images_per_second",)
 
 
 def part_paths(folder: Path) -> list[Path]:
     """The parts of a table in the order of their trials, those of a trial each that older versions wrote too."""
     return sorted(folder.glob("*.parquet"), key=lambda path: (len(path.stem.split("-")[0]), path.name))
+
+
+def conformed(part: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part as the schema has it; a column that versions before it did not write is null. Raises KeyError."""
+    for name in LATER_COLUMNS:
+        if name in schema.names and name not in part.column_names:
+            part = part.append_column(name, pa.nulls(len(part), schema.field(name).type))
+    return part.select(schema.names).cast(schema)
 
 
 class Parts:

@@ -6,15 +6,16 @@ The only module that knows where things lie in an experiment folder.
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import re
+import shlex
 import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +27,20 @@ from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.files import json_bytes, replace_file, rows_bytes
 from results.history import History, TrialHistory
 from results.lock import ExperimentLocked as ExperimentLocked
-from results.lock import locked, read_generation
-from results.parts import Tables, part_paths
-from results.predictions import SEEN_FROM_VIEWS, predictions_bytes, read_predictions, stored_counts
+from results.lock import locked
+from results.mirror import (
+    SEGMENT_BYTES,
+    Mirror,
+    fetch,
+    mark_unsent,
+    pull,
+)
+from results.objects import ObjectStore, above, check_writable
+from results.parts import Tables, conformed, part_paths
+from results.places import exists as exists
+from results.places import names as names
+from results.places import place
+from results.predictions import read_predictions, stored_counts
 from results.schema import (
     SCHEMA_VERSION,
     ClassAccuracyRecord,
@@ -43,70 +55,25 @@ from results.schema import (
     trial_schema,
 )
 from results.study import objectives_of, rebuild_study
+from results.trial_files import Superseded as Superseded
+from results.trial_files import TrialFiles as TrialFiles
 
 DEFAULT_RESULTS_DIR = "results/runs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-LATER_COLUMNS = ("inference_images_per_second",)
 P = TypeVar("P", bound=Predictions)
 
 
-class Superseded(RuntimeError):
-    """A worker outlived its driver and another one has taken over: it must not write any more."""
-
-
-@dataclass(frozen=True)
-class TrialFiles:
-    """Where a worker puts what it makes of one trial, as long as its driver is the current one."""
-
-    root: str
-    trial_id: str
-    generation: int
-
-    @property
-    def resume(self) -> Path:
-        """What going on needs; read with `torch.load(weights_only=True)`."""
-        return Path(self.root, "checkpoints", self.trial_id, "resume.pt")
-
-    @property
-    def best(self) -> Path:
-        """The weights behind the "best" predictions."""
-        return self.weights("best")
-
-    def weights(self, variant: str) -> Path:
-        """The weights behind a variant's predictions."""
-        name = SEEN_FROM_VIEWS.get(variant, variant)
-        return Path(self.root, "checkpoints", self.trial_id, f"{name}.safetensors")
-
-    @property
-    def predictions(self) -> Path:
-        """Logits by variant and split."""
-        return Path(self.root, "predictions", f"{self.trial_id}.parquet")
-
-    def check_current(self) -> None:
-        """Raise Superseded when another driver has taken over the experiment."""
-        current = read_generation(Path(self.root))
-        if current != self.generation:
-            raise Superseded(f"{self.trial_id} belongs to driver {self.generation}; driver {current} has taken over")
-
-    def replace(self, path: Path, content: bytes) -> None:
-        """Write a file of the trial, synced, unless the driver has been superseded."""
-        replace_file(path, content, sync=True, permitted=self.check_current)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file of the trial, if it is there, unless the driver has been superseded."""
-        self.check_current()
-        path.unlink(missing_ok=True)
-
-    def write_predictions(self, variants: Mapping[str, Sequence[Predictions]]) -> None:
-        """Store each variant's predictions for several splits."""
-        self.replace(self.predictions, predictions_bytes(variants))
-
-
 class Experiment:
-    """One experiment folder. Opening reads its log; `driving()` is what permits writing."""
+    """One experiment folder. Opening reads its log; `driving()` is what permits writing.
 
-    def __init__(self, root: Path) -> None:
+    `root` is where this process reads and writes; of an experiment in an object store, `remote`, it is the copy.
+    """
+
+    def __init__(self, root: Path, remote: ObjectStore | None = None) -> None:
         self.root = root
+        self.remote = remote
+        self._mirror: Mirror | None = None
+        self._fetched: set[str] = set()
         self.history = _read_history(root)
         self.generation = 0
         self._tables = Tables(root, self.history)
@@ -120,12 +87,15 @@ class Experiment:
         """
         if not NAME.fullmatch(name):
             raise UsageError(f"--name {name!r} is not a name; use up to 100 letters, digits, '.', '_' and '-'")
-        root = Path(results_dir, name)
-        if root.exists():
+        if exists(results_dir, name):
             raise UsageError(
                 f"experiment {name!r} exists already in {results_dir}; add --resume to go on with it, "
                 f"or choose another --name"
             )
+        root, remote = place(results_dir, name)
+        if remote is not None:
+            check_writable(remote)
+            return root
         parent = next(folder for folder in root.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write to {parent}; choose another --results-dir or mend its permissions")
@@ -138,6 +108,9 @@ class Experiment:
         Raises UsageError as `check_new` does.
         """
         root = cls.check_new(results_dir, name)
+        remote = place(results_dir, name)[1]
+        if remote is not None:
+            shutil.rmtree(root, ignore_errors=True)  # the copy of one that the store has no more
         unfinished = root.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             for folder in ("events", "trials", "epochs", "predictions", "checkpoints"):
@@ -146,6 +119,8 @@ class Experiment:
             log.append(ExperimentStarted(at=time.time(), info=info))
             log.close()
             Tables(unfinished, _read_history(unfinished)).rebuild()
+            if remote is not None:
+                mark_unsent(unfinished)
             unfinished.rename(root)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -153,23 +128,35 @@ class Experiment:
                 f"cannot write to the results folder {results_dir}: {error.strerror or error}; "
                 f"choose another --results-dir or mend its permissions"
             ) from error
-        experiment = cls(root)
+        experiment = cls(root, remote)
         experiment._write_info()
         return experiment
 
     @classmethod
     def open(cls, results_dir: str | Path, name: str) -> Experiment:
         """An existing experiment. Raises UsageError, listing those there are, when it is none."""
-        root = Path(results_dir, name)
-        if not (root / "events").is_dir():
+        root, remote = place(results_dir, name)
+        if not ((root / "events").is_dir() if remote is None else exists(results_dir, name)):
             there = ", ".join(names(results_dir)) or "none"
             raise UsageError(f"there is no experiment {name!r} in {results_dir}; there are: {there}")
-        return cls(root)
+        if remote is not None:
+            pull(remote, root)
+        return cls(root, remote)
 
     @property
     def name(self) -> str:
         """The folder's name."""
         return self.root.name
+
+    @property
+    def where(self) -> str:
+        """What people call its place: the folder, or the URI in an object store."""
+        return str(self.root) if self.remote is None else self.remote.uri
+
+    @property
+    def results_dir(self) -> str:
+        """Where the experiments beside it are."""
+        return str(self.root.parent) if self.remote is None else above(self.remote.uri)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -180,16 +167,19 @@ class Experiment:
     def driving(self) -> Iterator[None]:
         """Be the one process that writes. Reads the log anew, and rebuilds what is projected from it.
 
-        Raises ExperimentLocked while another process drives.
+        Raises ExperimentLocked while another process drives. To an object store everything has been sent at the end.
         """
-        with locked(self.root) as generation:
+        with self._held() as generation:
             self.generation = generation
             self.history = _read_history(self.root)
+            self._fetched = set()
+            if self._mirror is not None:
+                self._mirror.remove_unknown(self.history.trials)
             for leftover in self.root.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             self._tables = Tables(self.root, self.history)
             self._rebuild()
-            self._log = EventLog(self.root / "events")
+            self._log = EventLog(self.root / "events", segment_bytes=SEGMENT_BYTES if self._mirror else math.inf)
             try:
                 yield
             finally:
@@ -198,10 +188,27 @@ class Experiment:
                 self._remove_leftovers()
                 self._tables.catch_up(now=True)
 
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[int]:
+        """Hold the lock and, in an object store, the lease, and send there what changes. Yields the generation."""
+        with locked(self.root) as generation:
+            if self.remote is None:
+                yield generation
+                return
+            self._mirror = mirror = Mirror(self.root, self.remote, generation=generation)
+            try:
+                yield mirror.generation
+            finally:
+                self._mirror = None
+                command = f"python -m orchestrator.rebuild {self.name} --results-dir {shlex.quote(self.results_dir)}"
+                mirror.close(fix=f"To send it from this machine: {command}")
+
     def record(self, *events: Event) -> None:
         """Append events to the log, synced, then bring the files projected from them up to date."""
         if self._log is None:
             raise RuntimeError("an experiment is written to only inside `driving()`")
+        if self._mirror is not None:
+            self._mirror.check()
         for event in events:
             self.history.check(event)
         self._log.append(*events)
@@ -252,7 +259,8 @@ class Experiment:
 
     def files(self, trial_id: str) -> TrialFiles:
         """Where the worker of a trial writes."""
-        return TrialFiles(str(self.root.absolute()), trial_id, self.generation)
+        remote = "" if self.remote is None else self.remote.uri
+        return TrialFiles(str(self.root.absolute()), trial_id, self.generation, remote=remote)
 
     def tidy(self, trial: TrialHistory) -> None:
         """Remove what an ended trial does not need: all but its weights, and these once retention has removed them.
@@ -262,16 +270,25 @@ class Experiment:
         assert trial.ended is not None
         files = self.files(trial.trial_id)
         keep_weights = trial.ended.has_checkpoint and not trial.checkpoint_removed
+
+        def is_superfluous(name: str) -> bool:
+            of_variant = name == files.best.name or (trial.completed and name.endswith(files.best.suffix))
+            return not (keep_weights and of_variant)
+
+        if self._mirror is not None:
+            self._mirror.remove_checkpoints(trial.trial_id, is_superfluous)
+            return
         for path in files.best.parent.glob("*"):
-            of_variant = path == files.best or (trial.completed and path.suffix == files.best.suffix)
-            if not (keep_weights and of_variant):
+            if is_superfluous(path.name):
                 path.unlink(missing_ok=True)
         if not keep_weights:
             with contextlib.suppress(OSError):  # not there, or somebody put something into it
                 files.best.parent.rmdir()
 
     def disk_bytes(self) -> int:
-        """What the folder takes on disk."""
+        """What the folder takes on disk, or its objects."""
+        if self.remote is not None:
+            return sum(info.size for info in self.remote.objects().values())
         return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
 
     def trials(self) -> pd.DataFrame:
@@ -287,15 +304,28 @@ class Experiment:
         for part in part_paths(self.root / folder):
             try:
                 with pq.ParquetFile(part) as file:
-                    tables.append(_conformed(file.read(columns=schema.names), schema))
+                    tables.append(conformed(file.read(columns=schema.names), schema))
             except (pa.ArrowException, OSError, KeyError) as error:
                 warnings.warn(
                     f"{part} cannot be read and is left out ({str(error).splitlines()[0]}); "
-                    f"`python -m orchestrator.rebuild {self.name} --results-dir {self.root.parent}` mends it",
+                    f"`python -m orchestrator.rebuild {self.name} --results-dir {self.results_dir}` mends it",
                     DataWarning,
                     stacklevel=3,
                 )
         return pa.concat_tables(tables).to_pandas()
+
+    def fetch_predictions(self, trial_ids: Iterable[str]) -> None:
+        """Have trials' predictions in the copy, as the object store has them; done once while nobody drives."""
+        if self.remote is not None and (wanted := set(trial_ids) - self._fetched):
+            fetch(self.remote, self.root, [f"predictions/{trial_id}.parquet" for trial_id in wanted])
+            self._fetched |= wanted
+
+    def weights(self, trial_id: str, variant: str) -> Path:
+        """The weights of a trial's variant, where they can be read; nothing is there when they have been removed."""
+        path = self.files(trial_id).weights(variant)
+        if self.remote is not None:
+            fetch(self.remote, self.root, [path.relative_to(self.root.absolute()).as_posix()])
+        return path
 
     def predictions(self, trial_id: str, of: type[P], *, variant: str = "best") -> P:
         """A trial's stored predictions for the split that `of` stands for.
@@ -312,11 +342,19 @@ class Experiment:
         return stored_counts(self._predictions_path(trial_id))
 
     def _predictions_path(self, trial_id: str) -> Path:
+        self.fetch_predictions([trial_id])
         return self.root / "predictions" / f"{trial_id}.parquet"
 
     def ensemble_folder(self, ensemble_id: str) -> Path:
         """Where an ensemble lies."""
         return self.root / "ensembles" / ensemble_id
+
+    def whole_ensemble(self, ensemble_id: str) -> Path:
+        """The folder of an ensemble with all its files, fetched from the object store where there is one."""
+        folder = self.ensemble_folder(ensemble_id)
+        if self.remote is not None:
+            fetch(self.remote, self.root, self.remote.objects(folder.relative_to(self.root).as_posix()))
+        return folder
 
     def ensemble_ids(self) -> list[str]:
         """The ensembles that are complete, the newest last."""
@@ -352,26 +390,9 @@ class Experiment:
         replace_file(folder / "ensemble.json", json_bytes(content), sync=True)
 
 
-def _conformed(part: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A part as the schema has it; a column that versions before it did not write is null. Raises KeyError."""
-    for name in LATER_COLUMNS:
-        if name in schema.names and name not in part.column_names:
-            part = part.append_column(name, pa.nulls(len(part), schema.field(name).type))
-    return part.select(schema.names).cast(schema)
-
-
 def _read_history(root: Path) -> History:
     """The fold of an experiment's log. Raises UsageError when its beginning is gone: nothing is rebuilt from less."""
     history = History.read(read_events(root / "events"))
     if not history.info:
         raise UsageError(f"{root / 'events'} does not hold the beginning of the experiment; restore it from a copy")
     return history
-
-
-def names(results_dir: str | Path) -> list[str]:
-    """The experiments of a results folder, the newest last."""
-    started = {}
-    for path in Path(results_dir).glob("[!.]*/experiment.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            started[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["started_at"]
-    return sorted(started, key=lambda name: started[name])

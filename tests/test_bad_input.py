@@ -45,7 +45,10 @@ def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureF
         (["digits", "--name", "a/b"], "'a/b' is not a name"),
         (["digits", "--resume", "--name", "gone"], "there is no experiment 'gone'"),
         (["digits", "--warm-start", "gone"], "there is no experiment 'gone'"),
-        (["digits", "--results-dir", "s3://bucket"], "object stores are not supported yet"),
+        (
+            ["digits", "--results-dir", "ftp://host/x"],
+            "wanted a local folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+        ),
         (["digits", "--results-dir", str(Path(__file__))], "test_bad_input.py; choose another --results-dir"),
         (["digits", "--dataset", "folder:nowhere"], "is not a folder"),
         (["digits", "--dataset", "parquet:nowhere"], "no parquet files"),

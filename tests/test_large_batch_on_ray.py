@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from orchestrator import cli, train
-from orchestrator.workers import not_reachable
+from orchestrator.searcher import not_reachable
 from results.events import TrialRetried, read_events
 from results.schema import TestPredictions, UsageError
-from results.store import Experiment
+from results.store import Experiment, TrialFiles
 from tests.conftest import CommandLine, command_environment
 from tests.test_search_on_ray import epochs_in_log
 from trainables.config import TrainConfig
@@ -198,14 +198,14 @@ def test_hosts_that_do_not_see_the_results_are_named_with_the_fix() -> None:
 
 
 def test_a_checkpoint_of_another_network_is_refused(digits: SplitImages, tmp_path: Path) -> None:
-    path = tmp_path / "resume.pt"
+    files = TrialFiles(str(tmp_path), "t00000", 0)
     config = TrainConfig()
-    check_resumable(config, digits, path)
-    path.write_bytes(serialized(Learner(config, ResidentImages.on("cpu", digits)).state_dict()))
-    check_resumable(config, digits, path)
+    check_resumable(config, digits, files)
+    files.replace(files.resume, serialized(Learner(config, ResidentImages.on("cpu", digits)).state_dict()))
+    check_resumable(config, digits, files)
     other = TrainConfig(backbone="resnet18")
     with pytest.raises(UsageError, match=r"resume.pt is of another network than resnet18 \(it has backbone.conv1"):
-        check_resumable(other, digits, path)
+        check_resumable(other, digits, files)
 
 
 def test_a_training_without_workers_does_not_need_ray() -> None:

@@ -23,6 +23,7 @@ import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from results.objects import Unreachable
 from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
 from trainables.background import BackgroundWriter
@@ -106,7 +107,7 @@ def train_share(settings: dict[str, Any]) -> None:
         task.post(Left(ranks.rank, "does_not_fit" if isinstance(error, DoesNotFit) else "usage", str(error)))
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        full = isinstance(error, Unreachable) or (isinstance(error, OSError) and error.errno in DISK_FULL)
         text = str(error) if full else traceback.format_exc()
         task.post(Left(ranks.rank, "disk" if full else "error", text))
         raise

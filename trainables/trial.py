@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +62,8 @@ def run_trial(
     state = TrainState(config, data) if state is None else state
     progress = Progress(course or whole(config.max_epochs))
     stored_epoch = 0  # the best epoch that is on disk, as far as this worker knows
-    if files.resume.exists():
-        saved = _read_resume_file(files.resume, data.device)
+    if files.exists(files.resume):
+        saved = _read_resume_file(files, data.device)
         progress.load_state_dict(saved.pop("progress", None) or whole_so_far(saved["results"]))
         state.load_state_dict(saved)
     data.ranks.check_same((len(progress.results), state.begun))
@@ -114,7 +113,7 @@ def _begin_next_leg(config: TrainConfig, data: TrainingImages, progress: Progres
 
 def _snapshots(progress: Progress, files: TrialFiles) -> list[int]:
     """The epochs of the present line of training whose weights are stored."""
-    return [number for number in progress.numbers if files.weights(snapshot(number)).exists()]
+    return [number for number in progress.numbers if files.exists(files.weights(snapshot(number)))]
 
 
 def _drop_other_snapshots(progress: Progress, files: TrialFiles) -> None:
@@ -124,11 +123,11 @@ def _drop_other_snapshots(progress: Progress, files: TrialFiles) -> None:
             files.remove(files.weights(snapshot(number)))
 
 
-def check_resumable(config: TrainConfig, split: SplitImages, path: Path) -> None:
+def check_resumable(config: TrainConfig, split: SplitImages, files: TrialFiles) -> None:
     """Raise UsageError when a resume file, if there is one, is not of the network that a configuration trains."""
-    if not path.exists():
+    if not files.exists(files.resume):
         return
-    stored = {name: tuple(tensor.shape) for name, tensor in _read_resume_file(path, "cpu")["model"].items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in _read_resume_file(files, "cpu")["model"].items()}
     with torch.device("meta"):
         backbone = BACKBONES[config.backbone](
             num_classes=split.num_classes,
@@ -140,19 +139,20 @@ def check_resumable(config: TrainConfig, split: SplitImages, path: Path) -> None
     for name, shape in wanted.items():
         if stored.get(name) != shape:
             raise UsageError(
-                f"{path} is of another network than {config.backbone} (it has {name} of shape "
+                f"{files.where(files.resume)} is of another network than {config.backbone} (it has {name} of shape "
                 f"{stored.get(name, 'none')}, not {shape}); put the right one back, or remove it and resume again: the "
                 f"trial is then trained anew, and its recorded epochs stay"
             )
 
 
-def _read_resume_file(path: Path, device: str) -> dict[str, Any]:
+def _read_resume_file(files: TrialFiles, device: str) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        with files.open(files.resume) as file:
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it and resume again: the trial is then "
-            f"trained anew, and its recorded epochs stay"
+            f"{files.where(files.resume)} cannot be read ({str(error).splitlines()[0]}); remove it and resume again: "
+            f"the trial is then trained anew, and its recorded epochs stay"
         ) from error
     return state
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 
+from results.objects import Refused, Unreachable
 from results.schema import EpochResult
 from results.store import TrialFiles
 from trainables.config import TrainConfig
@@ -65,9 +66,14 @@ class TuneTrial(tune.Trainable):
         )
 
     def step(self) -> dict[str, Any]:
-        """The next epoch's figures; or `disk_full`, which ends the search and not the trial."""
+        """The next epoch's figures; or `disk_full`, which ends the search and not the trial.
+
+        An object store that does not answer for minutes, or that does not let this machine in, is like a full disk.
+        """
         try:
             result = next(self._results)
+        except (Unreachable, Refused) as error:
+            return {"disk_full": str(error)}
         except OSError as error:
             if error.errno in DISK_FULL:
                 return {"disk_full": str(error)}

@@ -91,7 +91,8 @@ class Variants:
         )
 
     def _read(self, variant: str) -> Weights:
-        return load(self.files.weights(variant).read_bytes())
+        with self.files.open(self.files.weights(variant)) as file:
+            return load(file.read())
 
     def _of_best(self) -> dict[str, list[Predictions]]:
         """What the best epoch's model predicts; for select the epoch's figures have been made from it already."""
