@@ -23,6 +23,8 @@ from trainables.datasets import SplitImages
 
 FIXED = ("seed", "halving", "control_fraction")
 MAY_CHANGE = ("base.dataset ", "budget.num_trials ", "budget.max_total_epochs ", "budget.max_seconds ")
+EXECUTION = ("accumulation_steps", "gradient_compression", "sync_batch_norm")
+"""How workers compute a batch, which they may do otherwise after a resume."""
 RECORDED_VERSIONS = ("torch", "torchvision", "ray", "optuna", "numpy", "pandas", "pyarrow", "pillow")
 
 
@@ -251,7 +253,8 @@ def resumed(
         *_differences("", {k: old[k] for k in new}, new),
     ]
     # Data may have moved, its hash tells whether it is the same; a search may be made longer or shorter.
-    changes = [c for c in changes if not c.startswith(MAY_CHANGE)]
+    of_workers = tuple(f"base.{name} " for name in EXECUTION) if plan.stage == "large_batch" else ()
+    changes = [c for c in changes if not c.startswith(MAY_CHANGE + of_workers)]
     if changes:
         raise UsageError(
             f"experiment {info['name']!r} was begun with another search space: {'; '.join(changes)}; "

@@ -17,6 +17,7 @@ import ray
 import torch
 from ray import tune
 from ray._private.state import state as ray_state
+from ray.exceptions import RayError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -215,6 +216,10 @@ def check_reachable(results_dir: str) -> None:
             for node, host in others.items()
         }
         blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
+    except RayError as error:
+        raise UsageError(
+            f"not all of {', '.join(sorted(asked))} answer, on which workers may train: {error}"
+        ) from error
     finally:
         probe.unlink()
     if blind:

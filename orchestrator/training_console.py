@@ -93,7 +93,8 @@ def print_results(console: Console, experiment: Experiment) -> int:
     (trial,) = experiment.history.ended
     row = experiment.history.trial_row(trial)
     if row["status"] == "failed":
-        advice = row["error"] or f"the training {row['stop_reason']}; lower lr"
+        said = (row["error"] or "").strip().splitlines()[-1:]
+        advice = said[0] if said else f"the training {row['stop_reason']}; lower lr"
         print(f"error: {advice}; with another --name", file=sys.stderr)
         return cli.FAILED
     epochs = f"{row['epochs_trained']} epoch{'s' if row['epochs_trained'] > 1 else ''}"

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
-from orchestrator.plan import SearchPlan
+from orchestrator.plan import EXECUTION, SearchPlan
 from orchestrator.searcher import check_reachable, cluster_room, ray_cluster
 from orchestrator.tracking import Track, Tracked, tracking
 from orchestrator.training_console import TrainingConsole
@@ -31,16 +31,17 @@ from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.large_batch import ListeningConfig, Task, train_share
 from trainables.learner import check_trainable
-from trainables.mailbox import Advanced, Began, Left, Letter, Mailbox, Trained
+from trainables.mailbox import Advanced, Began, Formed, Left, Mailbox, Message, Trained
 from trainables.precision import peak_flops
 from trainables.trial import check_resumable
 
-FRUITLESS_RESTARTS = 2
+RESTARTS_WITHOUT_EPOCH = 2
 SECONDS_TO_STOP = 60.0
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_ANSWER = 60.0
-CONVERSATIONS = 8
-"""That a foreman has at a time: one is Ray Train's."""
+SECONDS_TO_ANSWER = 15.0  # Ray ends this process a minute after it has lost the cluster
+SECONDS_UNTIL_SAID = 20.0
+CALLS_AT_A_TIME = 8
+"""Of a training's actor: one is Ray Train's."""
 TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -104,14 +105,15 @@ def drive(
         reference = ray.put(data)
         while (assignment := ledger.next_trial()) is not None:
             task = Task(
-                train=dict(assignment.config),
+                train={**assignment.config, **{name: getattr(plan.space.base, name) for name in EXECUTION}},
                 course=[asdict(leg) for leg in assignment.course],
                 files=experiment.files(assignment.trial_id),
                 epochs_recorded=assignment.epochs_recorded,
                 device=device,
-                threads=threads,
+                threads=args.threads,
+                most_workers=workers.most,
                 data=reference,
-                mailbox=_hire(workers),
+                mailbox=_start_actor(workers),
             )
             try:
                 _train(ledger, assignment, task, data, args, console, workers=workers)
@@ -128,8 +130,8 @@ def choose_device(device: str, workers: Workers) -> str:
         raise UsageError("--device mps: Ray Train has no workers for it; give --device cpu, or leave --num-workers out")
     if device == "auto":
         device = "cuda" if there.get("GPU", 0) else "cpu"
-    kind = "GPU" if device == "cuda" else "CPU"
-    room = int(there.get(kind, 0))
+    kinds = ("GPU", "CPU") if device == "cuda" else ("CPU",)
+    room, kind = min((int(there.get(kind, 0)), kind) for kind in kinds)
     if room < workers.least:
         advice = f"lower it to {room}" if room else "give --device cpu"
         raise UsageError(
@@ -139,20 +141,21 @@ def choose_device(device: str, workers: Workers) -> str:
     return device
 
 
-def _hire(workers: Workers) -> Any:
-    """A foreman on this host."""
+def _start_actor(workers: Workers) -> Any:
+    """The training's actor, on this host."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     settings = TRAIN_SETTINGS | (ELASTIC_SETTINGS if workers.elastic else {})
-    actor = ray.remote(num_cpus=0, max_concurrency=CONVERSATIONS)(Foreman)
+    actor = ray.remote(num_cpus=0, max_concurrency=CALLS_AT_A_TIME)(TrainingActor)
     return actor.options(scheduling_strategy=here, runtime_env={"env_vars": settings}).remote()
 
 
-def _raise_failure(fitted: ray.ObjectRef) -> None:
+def _failure(fitted: ray.ObjectRef) -> str:
+    """Why Ray Train has come to an end."""
     try:
-        ray.get(fitted, timeout=0)
+        ray.get(fitted, timeout=SECONDS_TO_ANSWER)
     except RayError as error:
-        raise driver.WorkersFailed(str(error)) from error
-    raise driver.WorkersFailed("the workers stopped before the last epoch")
+        return str(error)
+    return "the workers stopped before the last epoch"
 
 
 def _answer(reference: ray.ObjectRef) -> Any:
@@ -160,6 +163,7 @@ def _answer(reference: ray.ObjectRef) -> Any:
     try:
         return ray.get(reference, timeout=SECONDS_TO_ANSWER)
     except (GetTimeoutError, RayActorError) as error:
+        cli.INTERRUPTS.check()  # who stops this process may have stopped Ray's
         raise driver.WorkersFailed("Ray does not answer any more where this command runs") from error
 
 
@@ -180,24 +184,25 @@ def _train(
         shown = stack.enter_context(TrainingConsole(console, config, data, after_epoch=assignment.epochs_recorded))
         tracked = Tracked(ledger.experiment, assignment.trial_id, assignment.config)
         tell = [shown.epoch, *(stack.enter_context(tracking(name, tracked)) for name in args.track)]
-        clerk = Clerk(ledger, assignment.trial_id, shown, tell)
+        recorder = Recorder(ledger, assignment.trial_id, shown, tell)
         fitted = task.mailbox.fit.remote(task, workers, scratch)
         asked_at: float | None = None
-        while not clerk.gave_up and not ray.wait([fitted], timeout=SECONDS_BETWEEN_LOOKS)[0]:
+        while not recorder.failure and not ray.wait([fitted], timeout=SECONDS_BETWEEN_LOOKS)[0]:
             if asked_at is None and cli.INTERRUPTS.arrived:
                 _answer(task.mailbox.stop.remote())
                 asked_at = time.monotonic()
             if asked_at is not None and time.monotonic() - asked_at > SECONDS_TO_STOP:
                 break
-            clerk.read(_answer(task.mailbox.take.remote()))
-        clerk.read(_answer(task.mailbox.take.remote()))
+            recorder.read(_answer(task.mailbox.take.remote()))
+            recorder.say_if_waiting()
+        recorder.read(_answer(task.mailbox.take.remote()))
         cli.INTERRUPTS.check()
         if ledger.experiment.history.trials[assignment.trial_id].ended is None:
-            _raise_failure(fitted)
+            raise driver.WorkersFailed(recorder.failure or _failure(fitted))
 
 
-class Foreman(Mailbox):
-    """Runs Ray Train and has the letters: an actor, whose end is that of all workers, whatever Ray Train waits for."""
+class TrainingActor(Mailbox):
+    """Runs Ray Train and has the messages: an actor, whose end is that of all workers, whatever Ray Train waits for."""
 
     def fit(self, task: Task, workers: Workers, scratch: str) -> None:
         """Have workers train until they are done; raises what Ray Train gives up for."""
@@ -206,84 +211,104 @@ class Foreman(Mailbox):
         trainer = TorchTrainer(
             train_share,
             train_loop_config={"task": task},
-            torch_config=ListeningConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+            torch_config=ListeningConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", mailbox=task.mailbox),
             scaling_config=ScalingConfig(
                 num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
                 use_gpu=on_gpu,
                 resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
                 **elastic,
             ),
-            # How often is too often is the clerk's to say, who sees whether epochs come of it.
+            # How often is too often is the recorder's to say, who sees whether epochs come of it.
             run_config=RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=-1)),
         )
         trainer.fit()
 
 
-class Clerk:
+class Recorder:
     """Writes down what workers tell of one trial."""
 
     def __init__(self, ledger: Ledger, trial_id: str, shown: TrainingConsole, tell: Sequence[Track]) -> None:
         """`tell`: whom to tell of an epoch that has been recorded."""
         self._ledger, self._trial_id, self._shown, self._tell = ledger, trial_id, shown, tell
         self._num_workers = 0
-        self._fruitless = 0
+        self._restarts = 0
+        self._without_epoch = 0
         self._reason = ""
-        self.gave_up = False
-        """Whether the workers have failed so often that the trial is recorded as failed."""
+        self._said_at = time.monotonic()
+        self._waiting = True
+        self.failure = ""
+        """Why no more groups of workers are to be waited for."""
 
-    def read(self, letters: list[Letter]) -> None:
-        """Act on letters. Raises UsageError or OSError, with the trial failed or not, for what the user can mend."""
-        for letter in letters:
-            match letter:
+    @property
+    def _last_epoch(self) -> int:
+        return self._ledger.experiment.history.trials[self._trial_id].last_epoch
+
+    def read(self, messages: list[Message]) -> None:
+        """Act on messages. Raises UsageError or OSError, with the trial failed or not, for what the user can mend."""
+        for message in messages:
+            match message:
+                case Formed():
+                    self._formed(message)
                 case Began():
-                    self._began(letter)
+                    self._began(message)
                 case Advanced():
-                    self._shown.advanced(letter.epoch, letter.steps)
+                    self._shown.advanced(message.epoch, message.steps)
                 case Trained():
-                    self._trained(letter)
+                    self._trained(message)
                 case Left():
-                    self._left(letter)
+                    self._left(message)
 
-    def _began(self, letter: Began) -> None:
-        before, self._num_workers = self._num_workers, letter.num_workers
-        peak = peak_flops(letter.device_name)
-        self._shown.peak_flops = None if peak is None else peak * letter.num_workers
-        on = letter.device_name or "CPU"
-        said = f"{letter.num_workers} worker{'' if letter.num_workers == 1 else 's'}, {on}"
-        if before:
-            self._lost(before, letter.num_workers)
-            last_epoch = self._ledger.experiment.history.trials[self._trial_id].last_epoch
-            said = f"going on after epoch {last_epoch} with {said}"
-        self._shown.say(said)
-        self._shown.begin()
+    def say_if_waiting(self) -> None:
+        """Say it, once, when there have been no workers for a while."""
+        if self._waiting and time.monotonic() - self._said_at > SECONDS_UNTIL_SAID:
+            self._shown.say("waiting for workers: the cluster has no room for them yet, or they are starting")
+            self._waiting = False
 
-    def _lost(self, before: int, now: int) -> None:
-        """Workers begin again. It is no failure when one was told to leave, or when there are more of them now."""
-        paused, grown = self._reason == "paused", not self._reason and now > before
-        if not paused and not grown:
-            self._fruitless += 1
+    def _formed(self, message: Formed) -> None:
+        """Another group: the one before is lost, unless one was told to leave or there are more of them now."""
+        before, self._num_workers = self._num_workers, message.num_workers
+        paused, grown = self._reason == "paused", not self._reason and message.num_workers > before
+        self._restarts += before > 0
+        if before and not paused and not grown:
+            self._without_epoch += 1
             reason = self._reason or "a worker was lost"
             self._ledger.retried(self._trial_id, reason)
-            if self._fruitless > FRUITLESS_RESTARTS:
-                self._ledger.failed(self._trial_id, reason)
-                self.gave_up = True
-        self._reason = ""
+            if self._without_epoch > RESTARTS_WITHOUT_EPOCH:
+                self._give_up(reason)
+        self._reason, self._waiting = "", False
 
-    def _trained(self, letter: Trained) -> None:
-        if letter.result.epoch > self._ledger.experiment.history.trials[self._trial_id].last_epoch:
-            self._fruitless = 0
-            self._ledger.report(self._trial_id, letter.result, node=letter.node)
+    def _give_up(self, reason: str) -> None:
+        """Wait for no more workers. What has been trained is kept, to be gone on with."""
+        self.failure = reason
+        if not self._last_epoch:
+            self._ledger.failed(self._trial_id, reason)
+
+    def _began(self, message: Began) -> None:
+        peak = peak_flops(message.device_name)
+        self._shown.peak_flops = None if peak is None else peak * message.num_workers
+        on = message.device_name or "CPU"
+        said = f"{message.num_workers} worker{'' if message.num_workers == 1 else 's'}, {on}"
+        self._shown.say(f"going on after epoch {self._last_epoch} with {said}" if self._restarts else said)
+        self._shown.begin()
+
+    def _trained(self, message: Trained) -> None:
+        if message.result.epoch > self._last_epoch:
+            self._without_epoch = 0
+            self._ledger.report(self._trial_id, message.result, node=message.node)
             for tell in self._tell:
-                tell(letter.result)
+                tell(message.result)
 
-    def _left(self, letter: Left) -> None:
-        if letter.cause == "usage":
-            raise UsageError(letter.text)
-        if letter.cause == "does_not_fit":
-            self._ledger.failed(self._trial_id, letter.text)
+    def _left(self, message: Left) -> None:
+        if message.cause == "usage":
+            raise UsageError(message.text)
+        if message.cause == "does_not_fit":
+            if self._last_epoch:
+                raise UsageError(f"{message.text}; with --resume, which goes on after epoch {self._last_epoch}")
+            self._ledger.failed(self._trial_id, message.text)
             self._ledger.experiment.record(ExperimentStopped(at=time.time(), state="finished"))
-            raise UsageError(f"{letter.text}; with another --name")
-        if letter.cause == "disk":
-            raise OSError(letter.text)
+            raise UsageError(f"{message.text}; with another --name")
+        if message.cause == "disk":
+            raise OSError(message.text)
         # The first to leave knows why; the others miss it.
-        self._reason = self._reason or ("paused" if letter.cause == "paused" else letter.text)
+        self._reason = self._reason or ("paused" if message.cause == "paused" else message.text)
+        self._waiting, self._said_at = True, time.monotonic()

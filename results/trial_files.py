@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from results.files import replace_file
 from results.lock import generation_of, read_generation
 from results.objects import ObjectStore, within
 from results.predictions import SEEN_FROM_VIEWS, predictions_bytes
-from results.schema import Predictions
+from results.schema import Predictions, UsageError
 
 
 class Superseded(RuntimeError):
@@ -59,7 +60,12 @@ class TrialFiles:
         return path.relative_to(self.root).as_posix()
 
     def check_current(self) -> None:
-        """Raise Superseded when another driver has taken over the experiment."""
+        """Raise Superseded when another driver has taken over the experiment, UsageError where it cannot be seen."""
+        if not self.remote and not Path(self.root).is_dir():
+            raise UsageError(
+                f"{self.root} is not there on {platform.node()}, where a worker of {self.trial_id} runs; give a "
+                f"--results-dir that all hosts share, such as a network file system, or s3://BUCKET/PREFIX"
+            )
         current = generation_of(self._store) if self.remote else read_generation(Path(self.root))
         if current != self.generation:
             raise Superseded(f"{self.trial_id} belongs to driver {self.generation}; driver {current} has taken over")

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from orchestrator import searcher, workers
 from results.schema import UsageError
 from results.store import Experiment
 from tests.conftest import CommandLine
-from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs
+from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs, wait_until
 from tests.test_search_on_ray import epochs_in_log
 
 SETTINGS = [
@@ -37,14 +37,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.05)
 
 
 @pytest.mark.ray
@@ -77,7 +69,7 @@ def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPa
     )
     assert (chosen.device, chosen.max_concurrent) == ("cuda", 4)
     assert workers.choose_device("auto", workers.Workers(4, 4)) == "cuda"
-    with pytest.raises(UsageError, match=r"--num-workers 5, but Ray sees 4 GPUs"):
+    with pytest.raises(UsageError, match=r"--num-workers 5, but Ray sees 4 GPUs and each worker takes one; lower it"):
         workers.choose_device("auto", workers.Workers(5, 5))
 
 

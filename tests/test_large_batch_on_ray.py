@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,11 @@ from tests.test_search_on_ray import epochs_in_log
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.learner import Learner
-from trainables.mailbox import Advanced, Mailbox
 from trainables.precision import peak_flops
 from trainables.resident import ResidentImages
 from trainables.trial import check_resumable, serialized
 
-EPOCHS = 14
+EPOCHS = 40
 PATIENCE = 300  # seconds until workers have begun
 ON_A_BUSY_MACHINE = {"RAY_worker_niceness": "0"}  # by default everything else goes first
 # No batch statistics and double precision: what it computes does not depend on the number of workers.
@@ -61,12 +60,20 @@ def running(folder: Path, *arguments: str, output: Path) -> Iterator[subprocess.
             process.wait()
 
 
-def wait_for_epochs(root: Path, count: int, process: subprocess.Popen[bytes], output: Path) -> None:
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
     deadline = time.monotonic() + PATIENCE
-    while epochs_in_log(root) < count:
+    while not happened():
         assert process.poll() is None, output.read_text()
         assert time.monotonic() < deadline, output.read_text()
         time.sleep(0.02)
+
+
+def wait_for_epochs(root: Path, count: int, process: subprocess.Popen[bytes], output: Path) -> None:
+    wait_until(lambda: epochs_in_log(root) >= count, process, output)
+
+
+def wait_for_text(text: str, times: int, process: subprocess.Popen[bytes], output: Path) -> None:
+    wait_until(lambda: output.read_text().count(text) >= times, process, output)
 
 
 def training_workers(driver: int) -> list[psutil.Process]:
@@ -104,9 +111,11 @@ def test_kills_of_workers_and_drivers_lose_nothing_and_change_nothing(tmp_path: 
             workers = training_workers(process.pid)
             assert len(workers) == 2
             victim = process if whom == "driver" else workers[rng.integers(2)]
+            restarts = output.read_text().count("going on after")
             victim.send_signal(what)
             if whom == "worker":
-                wait_for_epochs(root, before + 3, process, output)
+                wait_for_text("going on after", restarts + 1, process, output)
+                wait_for_epochs(root, epochs_in_log(root) + 1, process, output)
                 process.kill()
             elif what is signal.SIGTERM:
                 assert process.wait(timeout=PATIENCE) == 130, output.read_text()
@@ -214,15 +223,6 @@ def test_a_training_without_workers_does_not_need_ray() -> None:
         [sys.executable, "-c", code], env=command_environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == cli.DONE, done.stderr
-
-
-def test_a_mailbox_hands_letters_out_once_and_passes_the_wish_to_stop_on() -> None:
-    mailbox = Mailbox()
-    assert not mailbox.post(Advanced(1, 3), Advanced(1, 4))
-    assert mailbox.take() == [Advanced(1, 3), Advanced(1, 4)]
-    assert mailbox.take() == []
-    mailbox.stop()
-    assert mailbox.post()
 
 
 def test_what_a_device_can_do_is_known_by_its_name() -> None:

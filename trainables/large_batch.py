@@ -7,13 +7,15 @@ in the background, and at the end what is predicted. The driver learns of an epo
 from __future__ import annotations
 
 import errno
+import math
+import os
 import platform
 import signal
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -30,34 +32,39 @@ from trainables.background import BackgroundWriter
 from trainables.config import TrainConfig
 from trainables.course import legs_from
 from trainables.loop import TrainState
-from trainables.mailbox import Advanced, Began, Left, Letter, Trained
+from trainables.mailbox import Advanced, Began, Formed, Left, Message, Trained
 from trainables.memory import DoesNotFit
 from trainables.parallel import Agreement, Paused, Ranks
 from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial, serialized
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-SECONDS_BETWEEN_LETTERS = 0.5
+SECONDS_BETWEEN_MESSAGES = 0.5
 STOP = threading.Event()
 """Set when this worker's process is to stop: it got a SIGTERM, as on preempted machines, or the driver wants it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A trial for workers to train, or to go on with. `data`: a reference to its SplitImages; `mailbox`: an actor."""
+    """A trial for workers to train, or to go on with.
+
+    `threads`: of each worker's arithmetic; None: a host's workers share its cores. `most_workers`: there will ever be.
+    `data`: a reference to its SplitImages; `mailbox`: an actor.
+    """
 
     train: dict[str, Any]
     course: list[dict[str, Any]]
     files: TrialFiles
     epochs_recorded: int
     device: str
-    threads: int
+    threads: int | None
+    most_workers: int
     data: Any
     mailbox: Any
 
-    def post(self, *letters: Letter) -> bool:
-        """Have letters delivered. Returns whether the driver wants everybody to stop."""
-        return bool(ray.get(self.mailbox.post.remote(*letters)))
+    def post(self, *messages: Message) -> bool:
+        """Have messages delivered. Returns whether the driver wants everybody to stop."""
+        return bool(ray.get(self.mailbox.post.remote(*messages)))
 
 
 class Preempted(RuntimeError):
@@ -69,13 +76,17 @@ class ListeningBackend(_TorchBackend):
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """See ray.train.backend.Backend; what is executed here runs in the main threads of the workers."""
+        assert isinstance(backend_config, ListeningConfig)
+        ray.get(backend_config.mailbox.post.remote(Formed(len(worker_group))))
         super().on_start(worker_group, backend_config)
         worker_group.execute(_listen)
 
 
 @dataclass
 class ListeningConfig(TorchConfig):
-    """The process group of a training by workers that listen."""
+    """The process group of a training by workers that listen; `mailbox`, an actor, is told of every group."""
+
+    mailbox: Any = None
 
     @property
     def backend_cls(self) -> type[ListeningBackend]:
@@ -114,8 +125,12 @@ def train_share(settings: dict[str, Any]) -> None:
 
 
 def _train(task: Task, ranks: Ranks) -> None:
-    prepare_process(threads=task.threads)
+    task.files.check_current()
+    here = ray.train.get_context().get_local_world_size()
+    prepare_process(threads=task.threads or max(1, (os.cpu_count() or 1) // here))
     config = TrainConfig(**task.train)
+    # The parts of a batch keep their size, which fits, when fewer workers have larger shares.
+    config = replace(config, accumulation_steps=math.ceil(config.accumulation_steps * task.most_workers / ranks.size))
     images = images_on(task.device, ray.get(task.data), config=config, ranks=ranks)
     state = TrainState(config, images)
     agreement = Agreement(ranks)
@@ -178,11 +193,11 @@ def _reporting(task: Task, ranks: Ranks, state: TrainState) -> Iterator[Reporter
     ended = threading.Event()
 
     def converse() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LETTERS):
+        while not ended.wait(SECONDS_BETWEEN_MESSAGES):
             if task.post(Advanced(len(state.results) + 1, state.steps_taken)):
                 STOP.set()
 
-    threading.Thread(target=converse, name="letters", daemon=True).start()
+    threading.Thread(target=converse, name="messages", daemon=True).start()
     try:
         yield reporter
     except Paused:

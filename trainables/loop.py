@@ -149,7 +149,7 @@ def train_epoch(
         best_epoch=0,
         out_of_patience=False,
     )
-    return _remember(config, state, result, select)
+    return _remember(config, state, result, select, copies=data.ranks.is_first)
 
 
 @dataclass(frozen=True)
@@ -242,13 +242,18 @@ def _validation_figures(
 
 
 def _remember(
-    config: TrainConfig, state: TrainState, result: EpochResult, select: SelectPredictions | None
+    config: TrainConfig, state: TrainState, result: EpochResult, select: SelectPredictions | None, *, copies: bool
 ) -> EpochResult:
-    """Append a result; keep the weights when no earlier epoch was better. Without validation the last counts."""
+    """Append a result; keep the weights when no earlier epoch was better. Without validation the last counts.
+
+    `copies`: whether this rank is the one whose copy of the weights counts.
+    """
     best = next((r for r in state.results if r.epoch == state.results[-1].best_epoch), None)
     is_best = best is None or result.val_accuracy is None or _rank(result, config) > _rank(best, config)
     if is_best and not result.diverged:
-        state.best_weights = {name: t.detach().cpu().clone() for name, t in state.evaluated.state_dict().items()}
+        if copies:
+            weights = state.evaluated.state_dict()
+            state.best_weights = {name: t.detach().to("cpu", copy=True) for name, t in weights.items()}
         state.best_select = select
         best = result
     best_epoch = best.epoch if best is not None else result.epoch

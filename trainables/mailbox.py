@@ -10,6 +10,13 @@ from results.schema import EpochResult
 
 
 @dataclass(frozen=True)
+class Formed:
+    """A group of workers is there, and has done nothing yet."""
+
+    num_workers: int
+
+
+@dataclass(frozen=True)
 class Began:
     """A group of workers begins to train, or to go on. `device_name`: of a GPU, empty on other devices."""
 
@@ -47,28 +54,28 @@ class Left:
     text: str
 
 
-Letter = Began | Advanced | Trained | Left
+Message = Formed | Began | Advanced | Trained | Left
 
 
 class Mailbox:
-    """Letters to the driver in the order of their arrival. Lives in a Ray actor that has threads."""
+    """Messages to the driver in the order of their arrival. Lives in a Ray actor that has threads."""
 
     def __init__(self) -> None:
-        self._letters: list[Letter] = []
+        self._messages: list[Message] = []
         self._lock = threading.Lock()
         self._stop = False
 
-    def post(self, *letters: Letter) -> bool:
-        """Leave letters. Returns whether the driver wants everybody to stop."""
+    def post(self, *messages: Message) -> bool:
+        """Leave messages. Returns whether the driver wants everybody to stop."""
         with self._lock:
-            self._letters += letters
+            self._messages += messages
         return self._stop
 
-    def take(self) -> list[Letter]:
-        """All letters that have come since the last time."""
+    def take(self) -> list[Message]:
+        """All messages that have come since the last time."""
         with self._lock:
-            letters, self._letters = self._letters, []
-        return letters
+            messages, self._messages = self._messages, []
+        return messages
 
     def stop(self) -> None:
         """Tell everybody who posts from now on to stop."""

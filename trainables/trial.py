@@ -66,7 +66,7 @@ def run_trial(
         saved = _read_resume_file(files, data.device)
         progress.load_state_dict(saved.pop("progress", None) or whole_so_far(saved["results"]))
         state.load_state_dict(saved)
-    data.ranks.check_same((len(progress.results), state.begun))
+    data.ranks.check_same((len(progress.results), state.begun.steps))
     if progress.results:
         yield from (result for result in progress.results if result.epoch > epochs_recorded)
     while not progress.finished:
