@@ -10,8 +10,9 @@ checkpoint is written: what training waits for it, and what it takes in the back
 shape. The global batch is the same however many workers divide it.
 
 The projection is arithmetic on what was measured, no measurement: compute by the line through the steps of the shares
-measured, the ring all-reduce's bytes, 2 (W - 1) / W of the gradients', over the link given, with none or all of it
-hidden behind the backward pass.
+measured, which it follows far below the smallest of them; the ring all-reduce's bytes, 2 (W - 1) / W of the gradients',
+over the link given, with none or all of it hidden behind the backward pass. Not in it: what synchronized batch norms
+exchange, two small messages a layer and step, each of which all devices wait for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch.multiprocessing as processes
 from interleaved import in_turns, machine, synchronize, versions
 
 from results.store import TrialFiles
+from trainables.augment import EpochDraws
 from trainables.background import BackgroundWriter
 from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, split
@@ -78,9 +80,8 @@ def measured(ranks: Ranks, config: TrainConfig, steps: int, rounds: int, device:
             learner.step(images, targets, lr=1e-3)
 
     def unexchanged() -> None:
-        network, learner._network = learner._network, learner.model
-        bare()
-        learner._network = network
+        with learner.unexchanged():
+            bare()
 
     def training() -> None:
         train_steps(config, data, state, epoch=1, on_step=lambda: agreement.after_step(False) and None)
@@ -89,16 +90,28 @@ def measured(ranks: Ranks, config: TrainConfig, steps: int, rounds: int, device:
         for _ in data.batches(config, epoch=1, image_size=32):
             pass
 
-    alternatives: dict[str, Callable[[], None]] = {"bare": bare, "training": training, "input": only_input}
+    def draw() -> None:
+        num_images, batch_size = len(data.split.train), config.batch_size
+        EpochDraws.draw(config, epoch=1, num_images=num_images, image_size=32, device=device, batch_size=batch_size)
+
+    alternatives: dict[str, Callable[[], None]] = {
+        "bare": bare,
+        "training": training,
+        "input": only_input,
+        "draw": draw,
+    }
     if ranks.several:
         alternatives["unexchanged"] = unexchanged
     together = {name: _together(run, ranks) for name, run in alternatives.items()}
     seconds = in_turns(together, rounds=rounds, device=device)
     agreement.close()
+    overheads = [t / b - 1 for t, b in zip(seconds["training"], seconds["bare"], strict=True)]
     per_step = {name: median(of) / steps for name, of in seconds.items()}
     return {
         **per_step,
-        "overhead": median(t / b - 1 for t, b in zip(seconds["training"], seconds["bare"], strict=True)),
+        "overhead": median(overheads),
+        "least_overhead": min(overheads),
+        "most_overhead": max(overheads),
         "gradient_bytes": num_bytes(learner.model, config),
         "multiply_adds": learner.multiply_adds,
         **(checkpoint(state) if ranks.is_first else {}),
@@ -148,11 +161,20 @@ def _shares_measured(config: TrainConfig, rounds: int, steps: int, device: str) 
 
 
 def projection(
-    config: TrainConfig, *, step_of: dict[int, float], input_of_image: float, gradient_bytes: int, device: str
+    config: TrainConfig,
+    *,
+    step_of: dict[int, float],
+    input_of_image: float,
+    draw: float,
+    gradient_bytes: int,
+    device: str,
 ) -> list[dict]:
-    """Images/s of more devices, from a device's steps by share, its input, and the bytes to exchange."""
+    """Images/s of more devices, from a device's steps by share, its input, and the bytes to exchange.
+
+    `draw`: a step's part of drawing an epoch's random numbers, which every worker does for all images.
+    """
     per_image, fixed = np.polyfit(list(step_of), list(step_of.values()), 1)
-    fixed = max(fixed, 0.0)
+    fixed = max(fixed, 0.0) + draw
     rows = []
     for workers in TARGETS:
         share = config.batch_size / workers
@@ -205,16 +227,18 @@ def print_measured(row: dict[str, Any]) -> None:
     print(
         f"{row['workers']} workers: {row['images_per_second']:,.0f} images/s, efficiency {row['efficiency']:.2f}",
         f"  a step {row['training']:.4f} s, the bare DDP step {row['bare']:.4f}, of it exchanging gradients "
-        f"{row['exchange_seconds']:.4f} ({row['gradient_bytes'] / 1e6:.1f} MB); input alone {row['input']:.4f}",
-        f"  input and bookkeeping over the bare step: {row['overhead']:+.1%} ({within} {MOST_OVERHEAD:.0%})",
+        f"{row['exchange_seconds']:.4f} ({row['gradient_bytes'] / 1e6:.1f} MB); input alone {row['input']:.4f}, "
+        f"{row['draw']:.4f} of it random numbers",
+        f"  input and bookkeeping over the bare step: {row['overhead']:+.1%} ({row['least_overhead']:+.1%} to "
+        f"{row['most_overhead']:+.1%}; {within} {MOST_OVERHEAD:.0%})",
         f"  a checkpoint holds training up for {row['checkpoint_stall']:.4f} s, is on disk after "
         f"{row['checkpoint_written']:.3f} s",
         sep="\n",
     )
 
 
-def main() -> None:
-    """Measure, print and store."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -225,9 +249,29 @@ def main() -> None:
     parser.add_argument("--gradient-compression", default="none", choices=("none", "bfloat16"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    on_gpu = args.device == "cuda"
-    if on_gpu and max(args.workers) > torch.cuda.device_count():
+    if args.device == "cuda" and max(args.workers) > torch.cuda.device_count():
         parser.error(f"--workers {max(args.workers)}, but torch sees {torch.cuda.device_count()} GPUs")
+    return args
+
+
+def measure_all(config: TrainConfig, args: argparse.Namespace, *, threads: int) -> list[dict[str, Any]]:
+    """A row for each number of workers, printed as it comes."""
+    rows: list[dict[str, Any]] = []
+    for size in args.workers:
+        found = by_workers(size, (threads, config, args.steps, args.rounds), args.device)
+        rate = config.batch_size / found["training"]
+        exchange = found["bare"] - found.get("unexchanged", found["bare"])
+        first = rows[0]["images_per_second"] / rows[0]["workers"] if rows else rate / size
+        rows.append({"kind": "measured", "workers": size, "images_per_second": rate, **found})
+        rows[-1] |= {"efficiency": rate / size / first, "exchange_seconds": exchange, "compute_seconds": found["bare"]}
+        print_measured(rows[-1])
+    return rows
+
+
+def main() -> None:
+    """Measure, print and store."""
+    args = arguments()
+    on_gpu = args.device == "cuda"
     config = replace(
         RECIPES["resnet50_large_batch"].config,
         backbone=args.backbone or ("resnet50" if on_gpu else "small_cnn"),
@@ -236,26 +280,20 @@ def main() -> None:
         gradient_compression=args.gradient_compression,
         max_epochs=1000,
     )
+    threads = (os.cpu_count() or 1) if on_gpu else 1
     print(machine(args.device), versions(), sep="\n")
     print(f"{config.backbone}, global batch {config.batch_size}, {args.rounds} rounds of {args.steps} steps")
-    rows: list[dict[str, Any]] = []
-    for size in args.workers:
-        found = by_workers(size, (1 if not on_gpu else os.cpu_count(), config, args.steps, args.rounds), args.device)
-        rate = config.batch_size / found["training"]
-        exchange = found["bare"] - found.get("unexchanged", found["bare"])
-        first = rows[0]["images_per_second"] / rows[0]["workers"] if rows else rate / size
-        rows.append({"kind": "measured", "workers": size, "images_per_second": rate, **found})
-        rows[-1] |= {"efficiency": rate / size / first, "exchange_seconds": exchange, "compute_seconds": found["bare"]}
-        print_measured(rows[-1])
-    prepare_process(threads=1 if not on_gpu else os.cpu_count() or 1)
+    rows = measure_all(config, args, threads=threads)
+    prepare_process(threads=threads)
     step_of = _shares_measured(config, args.rounds, args.steps, args.device)
     synchronize(args.device)
-    per_image = rows[0]["input"] / (config.batch_size / rows[0]["workers"])
+    alone = rows[0]
     projected = projection(
         config,
         step_of=step_of,
-        input_of_image=per_image,
-        gradient_bytes=int(rows[0]["gradient_bytes"]),
+        input_of_image=(alone["input"] - alone["draw"]) * alone["workers"] / config.batch_size,
+        draw=alone["draw"],
+        gradient_bytes=int(alone["gradient_bytes"]),
         device=args.device,
     )
     print("projection, not measured, from a device's steps " + ", ".join(f"{s}: {t:.4f} s" for s, t in step_of.items()))

@@ -38,7 +38,7 @@ from trainables.trial import check_resumable
 RESTARTS_WITHOUT_EPOCH = 2
 SECONDS_TO_STOP = 60.0
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_ANSWER = 15.0  # Ray ends this process a minute after it has lost the cluster
+SECONDS_TO_ANSWER = 15.0  # of an actor; where Ray itself is gone, Ray ends this process after a minute
 SECONDS_UNTIL_SAID = 20.0
 CALLS_AT_A_TIME = 8
 """Of a training's actor: one is Ray Train's."""

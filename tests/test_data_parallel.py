@@ -272,6 +272,7 @@ def test_a_projection_is_the_line_through_the_steps_and_the_bytes_over_the_link(
         replace(AUGMENTED, batch_size=2048),
         step_of=step_of,
         input_of_image=0.0,
+        draw=0.0,
         gradient_bytes=4_500_000_000,
         device="cuda",
     )

@@ -37,17 +37,28 @@ def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Complet
 def test_steps_are_repeated_until_the_run_is_done_and_collected(tmp_path: Path) -> None:
     statuses = []
     while 0 not in statuses and len(statuses) < MOST_STEPS:
-        done = run(tmp_path, "step", "ours", EXTRA=SMALL, STEP_SECONDS="9")
+        done = run(tmp_path, "step", "ours", EXTRA=SMALL, STEP_SECONDS="9", SEED="43")
         assert done.returncode in {0, 130}, done.stdout + done.stderr
         statuses.append(done.returncode)
     assert statuses[-1] == 0
     assert {"best", "tta", "raw", "raw_tta"} <= set(done.stdout.split())
     collected = run(tmp_path, "collect", str(tmp_path / "reference"))
     assert collected.returncode == 0, collected.stderr
-    folder = tmp_path / "reference" / "large_batch_ours"
+    folder = tmp_path / "reference" / "large_batch_ours_seed43"
     (trial,) = pd.read_parquet(folder / "trials").to_dict("records")
     assert (trial["status"], trial["epochs_trained"], trial["config.val_fraction"]) == ("completed", 6, 0.0)
+    assert trial["seed"] == 43
     assert pd.read_parquet(folder / "epochs")["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_is_collected_where_nothing_was_trained(tmp_path: Path) -> None:
+    assert run(tmp_path, "collect", str(tmp_path / "reference")).returncode == 0
+    assert not list((tmp_path / "reference").iterdir())
+
+
+def test_without_a_gpu_its_speed_is_not_measured(tmp_path: Path) -> None:
+    done = run(tmp_path, "step", "speed", CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stderr) == (2, "error: torch sees no GPU here; run this where it does\n")
 
 
 def test_the_data_set_is_delivered_in_parts(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ Shape suffixes: B batch, C channels or classes, H height, W width, K labels of a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -230,6 +230,15 @@ class Learner:
         if last or not isinstance(self._network, DistributedDataParallel):
             return nullcontext()
         return self._network.no_sync()
+
+    @contextmanager
+    def unexchanged(self) -> Iterator[None]:
+        """Steps without the exchange of gradients, for who times it: afterwards the ranks' weights differ."""
+        network, self._network = self._network, self.model
+        try:
+            yield
+        finally:
+            self._network = network
 
     def finish_epoch(self) -> None:
         """Have all ranks agree on what each of them has measured alone: figures and the norms' statistics."""
