@@ -207,7 +207,7 @@ class Resources:
 def choose_resources(
     device: str, *, cpus_per_trial: int, gpus_per_trial: float | None, max_concurrent: int | None, num_trials: int
 ) -> Resources:
-    """Settle `device` ("auto": a GPU if the cluster has or can get one, mps or cpu else) and how many trials run at once.
+    """Settle `device` ("auto": a GPU if the cluster has or can get one, mps or cpu else) and how many run at once.
 
     By default as many as there is room for, but at most a third of all: those that run before any has ended are
     drawn without a model.
