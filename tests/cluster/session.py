@@ -29,15 +29,14 @@ class Session:
     results_there: str
     results_here: str
     started: float = field(default_factory=time.monotonic)
-    took: list[tuple[str, float]] = field(default_factory=list)
+    commands: int = 0
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step, and say that it has been taken."""
         begin = time.monotonic()
         yield
-        self.took.append((name, time.monotonic() - begin))
-        print(f"{self.took[-1][1]:6.1f} s  {name}", flush=True)
+        print(f"{time.monotonic() - begin:6.1f} s  {name}", flush=True)
 
     def on_laptop(self, command: str) -> list[str]:
         """The command line that runs a shell command in the checkout, where a user would."""
@@ -47,22 +46,16 @@ class Session:
 
     def run(self, command: str) -> str:
         """What a shell command on the laptop prints. Raises AssertionError when it fails."""
-        done = subprocess.run(
-            self.on_laptop(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{_last_lines(done.stdout)}"
-        return done.stdout
+        with self.running(command) as running:
+            status = running.wait()
+            assert status == 0, f"{command}\n{running.printed()}\n{self.logs()}"
+            return running.output.read_text(errors="replace")
 
     @contextlib.contextmanager
     def running(self, command: str) -> Iterator[Running]:
         """A shell command on the laptop while it runs; ended when the block is left."""
-        output = self.lab.folder.parent / f"output-{len(self.took)}"
+        self.commands += 1
+        output = self.lab.folder.parent / f"output-{self.commands}"
         with output.open("wb") as log:
             process = subprocess.Popen(
                 self.on_laptop(command),
