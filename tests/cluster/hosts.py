@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # RFC 2544 sets these addresses aside for tests: no network that the machine is in has them.
@@ -37,6 +37,7 @@ class Lab:
 
     folder: Path
     shared: Path
+    booted_here: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def boot(
         self,
@@ -89,6 +90,7 @@ class Lab:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.booted_here[name] = outer
         (host / "pid").write_text(f"{_only_child(outer)} {address}\n")
         _wait(lambda: _answers(address) if login else self._is_booted(name), outer, host / "log")
 
@@ -105,6 +107,8 @@ class Lab:
             if time.monotonic() > deadline:
                 raise OSError(f"{name} (process {pid}) does not end")
             time.sleep(0.02)
+        if name in self.booted_here:
+            self.booted_here.pop(name).wait()
         _remove_cable(address)
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
