@@ -19,6 +19,9 @@ from tests.conftest import ROOT
 PATIENCE = 600.0  # for anything that is waited for; on a quiet machine the longest is a minute and a half
 CLUSTER_FILE = "/mnt/shared/cluster.yaml"
 LINES_SHOWN = 60
+STATE_OF_HEAD = (
+    "tail -n 25 /tmp/ray/session_latest/logs/monitor.log; ps axo pcpu,rss,args --sort=-pcpu | cut -c1-99 | head"
+)
 
 
 @dataclass
@@ -89,8 +92,7 @@ class Session:
         """What EC2 has done, what Ray's autoscaler says, and who uses what."""
         parts = [(self.lab.folder.parent / "cloud.log").read_text()]
         with contextlib.suppress(StopIteration, OSError):
-            log = ["bash", "-c", "tail -n 40 /tmp/ray/session_latest/logs/monitor.log; ps aux --sort=-%cpu | head -20"]
-            parts.append(self.lab.run(self.head(), log).stdout)
+            parts.append(self.lab.run(self.head(), ["bash", "-c", STATE_OF_HEAD]).stdout)
         return "\n".join(parts)
 
 

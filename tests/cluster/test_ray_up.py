@@ -151,7 +151,7 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
         with session.running(f"ray dashboard {CLUSTER_FILE}") as tunnel:
             tunnel.wait_until(lambda: session.lab.run(LAPTOP, ["bash", "-c", f": < {DASHBOARD}"]).returncode == 0)
             submit = "RAY_AUTH_MODE=token ray job submit --address http://localhost:8265"
-            assert "succeeded" in session.run(f"{submit} -- '{choose}'")
+            assert "succeeded" in session.run(f"{submit} -- bash -c '{choose}'")
         assert session.experiment(NAME).ensemble_ids() == ["e0001"]
     with session.step("the workers go when nothing runs"):
         session.wait_until(lambda: [instance["InstanceId"] for instance in instances(*NOT_GONE)] == [head])
