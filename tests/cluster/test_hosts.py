@@ -70,7 +70,7 @@ def test_hosts_reach_each_other_but_for_a_cable_that_is_cut(two: hosts.Lab) -> N
 
 
 def test_a_host_that_is_shut_down_takes_its_processes_with_it(two: hosts.Lab) -> None:
-    inside = subprocess.Popen(two.inside("one", ["sleep", "1000"]))
+    inside = sleeping(two, "one")
     two.shut_down("one")
     assert inside.wait(timeout=60) != 0
     assert two.names() == ["other"]
@@ -89,7 +89,7 @@ def test_of_a_cloud_that_is_killed_the_next_one_finds_nothing_running(lab: hosts
             stderr=subprocess.STDOUT,
         )
     eventually(lambda: " ready\n" in log.read_text())
-    inside = subprocess.Popen(lab.inside("laptop", ["sleep", "1000"]))
+    inside = sleeping(lab, "laptop")
     cloud.kill()
     cloud.wait()
     assert cloud.stdin is not None
@@ -98,6 +98,13 @@ def test_of_a_cloud_that_is_killed_the_next_one_finds_nothing_running(lab: hosts
     with hosts.network():
         assert hosts.left() == {"namespaces": [], "links": [hosts.BRIDGE]}
     assert hosts.left() == {"namespaces": [], "links": []}
+
+
+def sleeping(lab: hosts.Lab, name: str) -> subprocess.Popen[bytes]:
+    """A process on a host that does not end by itself."""
+    process = subprocess.Popen(lab.inside(name, ["sleep", "1000"]))
+    eventually(lambda: prints(lab, name, "pgrep -fx 'sleep 1000'") != "")
+    return process
 
 
 def eventually(happened: Callable[[], bool]) -> None:
