@@ -1,6 +1,6 @@
 """How many trials a minute a search ends on three hosts against one, hosts of one machine being what they are.
 
-    python -m tests.cluster.throughput            # root; about ten minutes
+    python -m tests.cluster.throughput            # root; about eight minutes
 
 Three hosts on a machine of two cores would share what one has alone, and the ratio would say nothing. So each worker
 host, Ray's daemons and the trial together, is held to CORES of a core by a control group, with one trial of one thread:
@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 CORES = 0.4
 HOSTS = (1, 3)
 ROUNDS = 2
-TRIALS_A_HOST = 5
+TRIALS_A_HOST = 15
 EPOCHS = 10
 PERIOD_US = 100_000
 CGROUPS = Path("/sys/fs/cgroup")
