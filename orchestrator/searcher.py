@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.growth import NODE_TYPE_LABEL, most_resources
 from orchestrator.ledger import Ledger
 from results.objects import is_remote
 from results.schema import EpochResult, UsageError
@@ -193,7 +194,8 @@ def _versions(text: str) -> str:
 def cluster_room() -> dict[str, float]:
     """The resources of the cluster: those it has, or may come to have where it grows by itself."""
     there = ray.cluster_resources()
-    most = ray_state.get_max_resources_from_cluster_config() or {}
+    node_types = {node["Labels"][NODE_TYPE_LABEL] for node in ray.nodes() if NODE_TYPE_LABEL in node["Labels"]}
+    most = ray_state.get_max_resources_from_cluster_config() or most_resources(node_types)
     return {name: max(float(there.get(name, 0)), float(most.get(name, 0))) for name in {*there, *most}}
 
 

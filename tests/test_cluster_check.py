@@ -219,6 +219,15 @@ def test_what_the_guide_shows_is_what_the_check_prints(
     assert shown[2].splitlines()[-1] == printed[-1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (orchestrator\.\w+) [a-z0-9_]*(?: ?--)", GUIDE))))
+def test_flags_of_the_guides_commands_exist(module: str, command: CommandLine) -> None:
+    commands = re.findall(rf"python -m {re.escape(module)} ([^'\n]*)", GUIDE)
+    flags = {flag for arguments in commands for flag in re.findall(r"--[a-z-]+", arguments)}
+    known = set(re.findall(r"--[a-z-]+", command(module, "--help").stdout))
+    assert flags <= known
+
+
 def test_commands_and_files_of_the_guide_exist() -> None:
     for module in re.findall(r"python -m (orchestrator\.\w+)", GUIDE):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 
 from orchestrator import searcher, workers
 from results.schema import UsageError
 from results.store import Experiment
-from tests.conftest import CommandLine
+from tests.conftest import ROOT, CommandLine
 from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs, wait_until
 from tests.test_search_on_ray import epochs_in_log
 
@@ -62,6 +63,7 @@ def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(clus
 
 def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searcher.ray, "cluster_resources", lambda: {"CPU": 0.0, "memory": 8.0})
+    monkeypatch.setattr(searcher.ray, "nodes", lambda: [])
     monkeypatch.setattr(searcher.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 32, "GPU": 4})
     assert searcher.cluster_room() == {"CPU": 32, "GPU": 4, "memory": 8}
     chosen = searcher.choose_resources(
@@ -71,6 +73,24 @@ def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPa
     assert workers.choose_device("auto", workers.Workers(4, 4)) == "cuda"
     with pytest.raises(UsageError, match=r"--num-workers 5, but Ray sees 4 GPUs and each worker takes one; lower it"):
         workers.choose_device("auto", workers.Workers(5, 5))
+
+
+def test_on_a_head_that_ray_up_has_made_room_is_what_its_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(searcher.ray, "cluster_resources", lambda: {"memory": 8.0})
+    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "head.cpu"}}])
+    monkeypatch.setattr(searcher.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+    assert searcher.cluster_room() == {"memory": 8}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
+    # Ten workers at most: 3 x (8 GPUs, 96 CPUs) and 7 x (1 GPU, 4 CPUs), or 10 that are marked one_gpu.
+    assert searcher.cluster_room() == {"memory": 8, "GPU": 31, "CPU": 316, "one_gpu": 10}
+    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "of.another"}}])
+    assert searcher.cluster_room() == {"memory": 8}
+    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {}}])
+    assert searcher.cluster_room() == {"memory": 8}
 
 
 def test_a_cluster_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
