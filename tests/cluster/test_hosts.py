@@ -14,7 +14,7 @@ from tests.cluster import hosts
 from tests.conftest import ROOT, command_environment
 
 ONE, OTHER = (str(hosts.NETWORK[number]) for number in (10, 11))
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
