@@ -37,6 +37,7 @@ NOT_SENT = re.compile(r"predictions/|checkpoints/|driver\.lock$|generation$|leas
 EVENTS_SECONDS = 2.0
 TABLES_SECONDS = 15.0
 THREADS = 16
+SETTLED_SECONDS = 2.0
 SEGMENT_BYTES = 65_536
 """After so many a segment of the log is closed: every few seconds the last one is put anew."""
 
@@ -129,11 +130,17 @@ def _fetch(remote: ObjectStore, path: Path, name: str, info: Info | None) -> Non
             break
         if len(content) == info.size:
             replace_file(path, content, sync=False)
-            os.utime(path, ns=(info.modified_ns, info.modified_ns))
+            stamp = info.modified_ns - (not _is_settled(info))
+            os.utime(path, ns=(stamp, stamp))
             return
         info = remote.info(name)  # replaced while it was read
     if info is None:
         path.unlink(missing_ok=True)
+
+
+def _is_settled(info: Info) -> bool:
+    """Whether another put would have another time: stores count in seconds. What is newer is fetched once more."""
+    return time.time() - info.modified_ns / 1e9 > SETTLED_SECONDS
 
 
 def _is_same(path: Path, info: Info) -> bool:

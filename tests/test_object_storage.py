@@ -542,6 +542,7 @@ def test_a_host_fetches_only_what_has_changed(
 ) -> None:
     run_with_predictions(new_experiment(results, num_trials=4), num_trials=4)
     be_on("second", tmp_path, monkeypatch)
+    monkeypatch.setattr(mirror, "SETTLED_SECONDS", -60.0)
     read: list[str] = []
     reading = ObjectStore.read
 
@@ -561,13 +562,26 @@ def test_a_host_fetches_only_what_has_changed(
     assert {"events/000001.jsonl", "events/000002.jsonl", "predictions/t00000.parquet"} <= set(first)
     assert look() == []
     files = Experiment.open(results, "sim").files("t00000")
-    stored(results).put("predictions/t00000.parquet", reading(stored(results), "predictions/t00001.parquet"))
+    stored(results).put("predictions/t00000.parquet", b"of another size")
     assert look() == ["predictions/t00000.parquet"]
     stored(results).remove("predictions/t00000.parquet")
     assert look() == []
     assert not files.predictions.exists()
     be_on("first", tmp_path, monkeypatch)
     assert [name for name in look() if not name.startswith("predictions/")] == []  # the driver knows what it has sent
+
+
+def test_an_object_replaced_within_the_second_by_one_of_its_size_is_fetched(
+    results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with_predictions(new_experiment(results, num_trials=1), num_trials=1)
+    be_on("second", tmp_path, monkeypatch)
+    name = "predictions/t00000.parquet"
+    for content in (b"one", b"two", b"six"):
+        stored(results).put(name, content)
+        experiment = Experiment.open(results, "sim")
+        experiment.fetch_predictions(["t00000"])
+        assert (experiment.root / name).read_bytes() == content
 
 
 def test_all_nodes_of_a_cluster_reach_an_object_store() -> None:
