@@ -235,20 +235,16 @@ def test_a_diverged_and_a_crashed_trial_do_not_end_the_search(tmp_path: Path, co
 
 
 def test_sigint_stops_within_seconds_and_a_moved_folder_resumes(tmp_path: Path, command: CommandLine) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE)
+    # Trials of 20 epochs: both are far from their ends when the signal comes, after four epochs between them.
+    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=20"))
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "5"]
-    with running(tmp_path, *arguments, output=output) as process:
+    with running(tmp_path, "slow.py", "--results-dir", "runs", "--num-trials", "2", output=output) as process:
         wait_for_epochs(root, 4, process, output)
-        second = command("orchestrator.search", *arguments, "--resume")
-        assert second.returncode == 2
-        assert "being written to by another process" in second.stderr
-        assert process.poll() is None
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert time.monotonic() - started < 15
-    assert "To go on:\n  python -m orchestrator.search slow.py --results-dir runs --num-trials 5 --resume" in (
+    assert "To go on:\n  python -m orchestrator.search slow.py --results-dir runs --num-trials 2 --resume" in (
         output.read_text()
     )
     assert '"state": "interrupted"' in (root / "experiment.json").read_text()
@@ -257,7 +253,7 @@ def test_sigint_stops_within_seconds_and_a_moved_folder_resumes(tmp_path: Path, 
     done = command("orchestrator.search", "slow.py", "--results-dir", "elsewhere", "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     moved = Experiment.open(tmp_path / "elsewhere", "slow")
-    assert len(moved.trials()) == 5
+    assert len(moved.trials()) == 2
     assert moved.history.state == "finished"
     assert not (tmp_path / "runs").exists()
 
@@ -335,11 +331,17 @@ def test_a_search_that_ray_cannot_serve_makes_no_experiment(tmp_path: Path, comm
         assert not (tmp_path / "results").exists()
 
 
-def test_sigterm_is_an_interrupt_too(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_sigterm_is_an_interrupt_too(tmp_path: Path, command: CommandLine) -> None:
     (tmp_path / "slow.py").write_text(SLOW_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    with running(tmp_path, "slow.py", "--results-dir", "runs", output=output) as process:
+    # So many trials that the first driver cannot be done before the second has been refused.
+    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "1000"]
+    with running(tmp_path, *arguments, output=output) as process:
         wait_for_epochs(root, 1, process, output)
+        second = command("orchestrator.search", *arguments, "--resume")
+        assert second.returncode == 2
+        assert "being written to by another process" in second.stderr
+        assert process.poll() is None
         process.terminate()
         assert process.wait(timeout=60) == 130
     assert "interrupted; nothing is lost" in output.read_text()
