@@ -20,7 +20,8 @@ from rich.console import Console
 from orchestrator import driver
 from orchestrator.console import SearchConsole
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import Resources, fit, ray_cluster
+from orchestrator.ray_cluster import ray_cluster
+from orchestrator.searcher import Resources, fit
 from results.store import Experiment
 from search_spaces.space import load_space
 

@@ -22,7 +22,8 @@ from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.searcher import check_reachable, choose_resources, fit, ray_cluster
+from orchestrator.ray_cluster import check_reachable, ray_cluster
+from orchestrator.searcher import choose_resources, fit
 from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
 from results.history import TrialHistory

@@ -1,48 +1,29 @@
-"""Ray Tune drives, the ledger decides: the adapters between them, and what a search needs of Ray."""
+"""Ray Tune drives, the ledger decides: the adapters between them, and what each trial gets of a cluster."""
 
 from __future__ import annotations
 
 import os
-import re
-import socket
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray import tune
-from ray._private.state import state as ray_state
-from ray.exceptions import RayError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.growth import NODE_TYPE_LABEL, most_resources
 from orchestrator.ledger import Ledger
-from results.objects import is_remote
+from orchestrator.ray_cluster import cluster_room
 from results.schema import EpochResult, UsageError
 from trainables.datasets import SplitImages
-from trainables.tune_trial import TuneTrial, worker_environment
+from trainables.tune_trial import TuneTrial
 
 RESULT_FIELDS = [f.name for f in fields(EpochResult)]
 RETRIES = 2
-PROBE_SECONDS = 5.0
-SECONDS_TO_ANSWER = 60.0
-TUNE_SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the event log is what is kept; Tune's own files are thrown away
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end with status 0 and unfinished trials
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 class DiskFull(OSError):
@@ -146,99 +127,6 @@ def _error_text(trial: Trial) -> str:
     path = trial.error_file
     text = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
     return text[text.rfind("Failure #") :].strip()
-
-
-@contextmanager
-def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
-    """Be connected to a cluster, or to a local one of its own whose workers inherit this process's environment.
-
-    `threads`: of a trial's arithmetic. Raises UsageError when there is no cluster at the address.
-    """
-    environment = worker_environment(threads=threads)
-    os.environ.update(TUNE_SETTINGS)
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address:
-        try:
-            _probe(address)
-            ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--address {address}: no Ray cluster answers there ({error})") from error
-        except RuntimeError as error:
-            if "Version mismatch" not in str(error):
-                raise
-            raise UsageError(f"--address {address}: {_versions(str(error))}") from error
-    else:
-        os.environ.update(environment)
-        ray.init(address="local", include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _probe(address: str) -> None:
-    """Raise OSError when nobody listens at host:port, where Ray itself would try for minutes."""
-    host, separator, port = address.rpartition(":")
-    if separator and port.isdigit() and "://" not in address:
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
-
-
-def _versions(text: str) -> str:
-    """Ray's paragraph on versions that differ, in a sentence."""
-    found = re.findall(r"(Ray|Python): (\S+)", text)
-    theirs, ours = (" and ".join(" ".join(pair) for pair in pairs) for pairs in (found[:2], found[2:]))
-    return f"the cluster has {theirs}, this process {ours}; install the same versions here and there"
-
-
-def cluster_room() -> dict[str, float]:
-    """The resources of the cluster: those it has, or may come to have where it grows by itself."""
-    there = ray.cluster_resources()
-    node_types = {node["Labels"][NODE_TYPE_LABEL] for node in ray.nodes() if NODE_TYPE_LABEL in node["Labels"]}
-    most = ray_state.get_max_resources_from_cluster_config() or most_resources(node_types)
-    return {name: max(float(there.get(name, 0)), float(most.get(name, 0))) for name in {*there, *most}}
-
-
-def check_reachable(results_dir: str) -> None:
-    """Raise UsageError when some host of the cluster does not see the results folder. All see an object store."""
-    if is_remote(results_dir):
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes if node["NodeID"] != here}
-    if not others:
-        return
-    folder = Path(results_dir).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe.{uuid.uuid4().hex}.tmp"
-    probe.touch()
-    try:
-        asked = {
-            host: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
-            for node, host in others.items()
-        }
-        blind = [host for host, answer in asked.items() if not ray.get(answer, timeout=SECONDS_TO_ANSWER)]
-    except RayError as error:
-        raise UsageError(
-            f"not all of {', '.join(sorted(asked))} answer, on which workers may train: {error}"
-        ) from error
-    finally:
-        probe.unlink()
-    if blind:
-        raise UsageError(not_reachable(folder, blind))
-
-
-def not_reachable(folder: Path, hosts: list[str]) -> str:
-    """What is wrong with a results folder that some hosts do not see, and the fix."""
-    return (
-        f"--results-dir {folder} is not seen from {', '.join(sorted(hosts))}, where workers may train and write "
-        f"checkpoints; give a folder that all hosts share, such as a network file system, or s3://BUCKET/PREFIX"
-    )
-
-
-@ray.remote(num_cpus=0)
-def _sees(path: str) -> bool:
-    return os.path.exists(path)
 
 
 @dataclass(frozen=True)

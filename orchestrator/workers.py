@@ -21,7 +21,7 @@ from rich.console import Console
 from orchestrator import cli, driver
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import EXECUTION, SearchPlan
-from orchestrator.searcher import check_reachable, cluster_room, ray_cluster
+from orchestrator.ray_cluster import check_reachable, cluster_room, ray_cluster
 from orchestrator.tracking import Track, Tracked, tracking
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped

@@ -23,6 +23,7 @@ SCHEMES = ("s3", "gs")
 PATIENCE_SECONDS = 300.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 10.0
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 6.0  # without a byte
+READS = 5
 ANSWER_SECONDS = 8.0  # a command has taken seconds to begin by then
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist", re.IGNORECASE)
 DENIED = re.compile(
@@ -123,8 +124,13 @@ class ObjectStore:
         """An object's content. Raises FileNotFoundError when there is none."""
 
         def read(filesystem: fs.FileSystem, path: str) -> bytes:
-            with filesystem.open_input_stream(path) as stream:
-                return bytes(stream.read())
+            # pyarrow asks for the size and then for so many bytes: of an object replaced in between it has a part.
+            for _ in range(READS):
+                with filesystem.open_input_stream(path) as stream:
+                    content = bytes(stream.read())
+                if filesystem.get_file_info(path).size in (len(content), None):
+                    return content
+            raise OSError(f"{path} is replaced again and again while it is read")
 
         return self._patiently(read, name)
 

@@ -21,17 +21,17 @@ CREDENTIALS = {
 
 
 class Gate(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port, or refuses them all while it is shut."""
+    """Passes connections on to a port of a host, or refuses them all while it is shut."""
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, port: int) -> None:
-        self.behind = port
+    def __init__(self, port: int, *, host: str = "127.0.0.1", listens: int = 0) -> None:
+        self.behind = (host, port)
         self.is_shut = False
         self.num_refused = 0
         self.num_bytes_sent = 0
-        super().__init__(("127.0.0.1", 0), _Passed)
+        super().__init__((host, listens), _Passed)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def __exit__(self, *args: object) -> None:
@@ -48,7 +48,7 @@ class Gate(socketserver.ThreadingTCPServer):
         if self.is_shut:
             self.num_refused += 1
             return
-        with socket.create_connection(("127.0.0.1", self.behind)) as server:
+        with socket.create_connection(self.behind) as server:
             back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
             back.start()
             self._pump(client, server, count=True)

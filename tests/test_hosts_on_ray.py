@@ -1,4 +1,4 @@
-"""Workers on the hosts of one cluster, here raylets of one machine: hosts that are lost, that come, that see less."""
+"""Searches and trainings on a cluster of hosts, here raylets of one machine: hosts are lost, come, and see less."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import yaml
 from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
 
-from orchestrator import searcher, workers
+from orchestrator import ray_cluster, searcher, workers
+from results.history import TrialHistory
 from results.schema import UsageError
 from results.store import Experiment
 from tests.conftest import ROOT, CommandLine
 from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs, wait_until
-from tests.test_search_on_ray import epochs_in_log
+from tests.test_search_on_ray import SLOW_SPACE, epochs_in_log
+from tests.test_search_on_ray import running as search_running
 
 SETTINGS = [
     *("dataset=digits", "backbone=small_cnn", "batch_size=46", "train_fraction=0.4", "max_epochs=1000"),
@@ -38,6 +40,36 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=20"))
+    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
+    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "3", "--max-concurrent", "2", "--halving", "none"]
+    second = cluster.add_node(num_cpus=1)
+
+    def trials() -> list[TrialHistory]:
+        return list(Experiment.open(root.parent, "slow").history.trials.values())
+
+    with search_running(tmp_path, *arguments, "--address", cluster.address, output=output) as process:
+        wait_for_epochs(root, 1, process, output)
+        wait_until(lambda: len([t for t in trials() if t.last_epoch >= 3]) == 2, process, output)
+        before = trials()
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: sum(t.retries for t in trials()) == 1, process, output)
+        cluster.add_node(num_cpus=1)
+        assert process.wait(timeout=PATIENCE) == 0, output.read_text()
+    experiment = Experiment.open(root.parent, "slow")
+    assert sorted(experiment.trials()["retries"]) == [0, 0, 1]
+    assert set(experiment.trials()["status"]) == {"completed"}
+    for _, epochs in experiment.epochs().groupby("trial_id"):
+        assert epochs["epoch"].tolist() == list(range(1, 21))
+    for trial in before:
+        later = experiment.history.trials[trial.trial_id]
+        assert [e.at for e in later.epochs[: len(trial.epochs)]] == [e.at for e in trial.epochs]
 
 
 @pytest.mark.ray
@@ -62,10 +94,10 @@ def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(clus
 
 
 def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searcher.ray, "cluster_resources", lambda: {"CPU": 0.0, "memory": 8.0})
-    monkeypatch.setattr(searcher.ray, "nodes", lambda: [])
-    monkeypatch.setattr(searcher.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 32, "GPU": 4})
-    assert searcher.cluster_room() == {"CPU": 32, "GPU": 4, "memory": 8}
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 0.0, "memory": 8.0})
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [])
+    monkeypatch.setattr(ray_cluster.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 32, "GPU": 4})
+    assert ray_cluster.cluster_room() == {"CPU": 32, "GPU": 4, "memory": 8}
     chosen = searcher.choose_resources(
         "auto", cpus_per_trial=4, gpus_per_trial=None, max_concurrent=None, num_trials=100
     )
@@ -80,27 +112,27 @@ def test_on_a_head_that_ray_up_has_made_room_is_what_its_file_says(
 ) -> None:
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(searcher.ray, "cluster_resources", lambda: {"memory": 8.0})
-    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "head.cpu"}}])
-    monkeypatch.setattr(searcher.ray_state, "get_max_resources_from_cluster_config", lambda: None)
-    assert searcher.cluster_room() == {"memory": 8}
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"memory": 8.0})
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "head.cpu"}}])
+    monkeypatch.setattr(ray_cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+    assert ray_cluster.cluster_room() == {"memory": 8}
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
     # Ten workers at most: 3 x (8 GPUs, 96 CPUs) and 7 x (1 GPU, 4 CPUs), or 10 that are marked one_gpu.
-    assert searcher.cluster_room() == {"memory": 8, "GPU": 31, "CPU": 316, "one_gpu": 10}
-    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "of.another"}}])
-    assert searcher.cluster_room() == {"memory": 8}
-    monkeypatch.setattr(searcher.ray, "nodes", lambda: [{"Labels": {}}])
-    assert searcher.cluster_room() == {"memory": 8}
+    assert ray_cluster.cluster_room() == {"memory": 8, "GPU": 31, "CPU": 316, "one_gpu": 10}
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "of.another"}}])
+    assert ray_cluster.cluster_room() == {"memory": 8}
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [{"Labels": {}}])
+    assert ray_cluster.cluster_room() == {"memory": 8}
 
 
 def test_a_cluster_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**settings: object) -> None:
         check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "here", raise_on_mismatch=True)
 
-    monkeypatch.setattr(searcher.ray, "init", init)
+    monkeypatch.setattr(ray_cluster.ray, "init", init)
     with (
         pytest.raises(UsageError, match=r"the cluster has Ray 2.1.0 and Python 3.9.1, this process Ray .* install the"),
-        searcher.ray_cluster("auto", threads=1),
+        ray_cluster.ray_cluster("auto", threads=1),
     ):
         pass
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from orchestrator import cli, train
-from orchestrator.searcher import not_reachable
+from orchestrator.ray_cluster import not_reachable
 from results.events import TrialRetried, read_events
 from results.schema import TestPredictions, UsageError
 from results.store import Experiment, TrialFiles

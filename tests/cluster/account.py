@@ -1,4 +1,4 @@
-"""What docs/cluster.md has a user prepare once: a network, two roles, a security group."""
+"""What docs/cluster.md has a user prepare once: a network, two roles, a security group, a bucket."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ TRUST = {
     "Version": "2012-10-17",
     "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}],
 }
+BUCKET = "laboratory-experiments"
 ROLES = ("hyperparameter-ensembles-head", "hyperparameter-ensembles-worker")
 
 
@@ -24,5 +25,6 @@ def prepare() -> str:
         iam.create_role(RoleName=role, AssumeRolePolicyDocument=json.dumps(TRUST))
         iam.create_instance_profile(InstanceProfileName=role)
         iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
+    client("s3").create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
     group = ec2.create_security_group(GroupName="hyperparameter-ensembles", Description="all within", VpcId=vpc)
     return str(group["GroupId"])

@@ -20,11 +20,12 @@ from moto.server import ThreadedMotoServer
 from tests.cluster.hosts import GATEWAY, NETWORK, Lab, network
 
 ROOT = Path(__file__).parents[2]
-PORT = 5566
+PORT, S3_PORT = 5566, 5567
 REGION = "us-west-2"
 URL = f"http://{GATEWAY}:{PORT}"
 CREDENTIALS = {
     "AWS_ENDPOINT_URL": URL,
+    "AWS_ENDPOINT_URL_S3": f"http://{GATEWAY}:{S3_PORT}",  # the same, through a gate that a test may shut
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_DEFAULT_REGION": REGION,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # What a user fills in, as docs/cluster.md says.
-RESULTS = "s3://YOUR-BUCKET/runs"
-SECURITY_GROUP = "sg-0123456789abcdef0"
+YOUR_RESULTS = "s3://YOUR-BUCKET/runs"
+YOUR_SECURITY_GROUP = "sg-0123456789abcdef0"
 
 
 def patched(text: str, *, results: str, security_group: str) -> str:
@@ -13,8 +13,8 @@ def patched(text: str, *, results: str, security_group: str) -> str:
     `results`: a folder or URI for results.
     """
     for old, new in (
-        (RESULTS, results),
-        (SECURITY_GROUP, security_group),
+        (YOUR_RESULTS, results),
+        (YOUR_SECURITY_GROUP, security_group),
         # Test hosts have no public addresses.
         ("cache_stopped_nodes: false", "cache_stopped_nodes: false\n  use_internal_ips: true"),
         # They boot in a second; nobody waits 20 minutes to see them go.

@@ -15,8 +15,10 @@ from results.store import Experiment
 from tests.cluster.cloud import CREDENTIALS, LAPTOP, LIVE, instances
 from tests.cluster.hosts import SYSTEM_PATH, Lab
 from tests.conftest import ROOT
+from tests.object_store import Gate
 
 PATIENCE = 600.0  # for anything that is waited for; on a quiet machine the longest is a minute and a half
+POLL_SECONDS = 0.3
 CLUSTER_FILE = "/mnt/shared/cluster.yaml"
 LINES_SHOWN = 60
 STATE_OF_HEAD = (
@@ -26,11 +28,11 @@ STATE_OF_HEAD = (
 
 @dataclass
 class Session:
-    """`results_there` is where hosts find results, `results_here` where this process does: one URI may be both."""
+    """`results` is where this process finds results; hosts reach the same through the gate, which is theirs alone."""
 
     lab: Lab
-    results_there: str
-    results_here: str
+    results: str
+    gate: Gate
     started: float = field(default_factory=time.monotonic)
     commands: int = 0
 
@@ -75,7 +77,7 @@ class Session:
 
     def experiment(self, name: str) -> Experiment:
         """An experiment as it stands."""
-        return Experiment.open(self.results_here, name)
+        return Experiment.open(self.results, name)
 
     def head(self) -> str:
         """The instance that is the head."""
@@ -86,7 +88,7 @@ class Session:
         deadline = time.monotonic() + PATIENCE
         while not happened():
             assert time.monotonic() < deadline, f"{told()}\n{self.logs()}"
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
 
     def logs(self) -> str:
         """What EC2 has done, what Ray's autoscaler says, and who uses what."""

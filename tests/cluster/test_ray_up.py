@@ -16,19 +16,23 @@ import torch
 import yaml
 
 from results.history import TrialHistory
+from results.lock import LAPSED_SECONDS
 from results.schema import UsageError
 from results.store import Experiment
 from tests.cluster import account, hosts
-from tests.cluster.cloud import LAPTOP, LIVE, REGION, client, instances
-from tests.cluster.patch import RESULTS, SECURITY_GROUP, patched
+from tests.cluster.cloud import CREDENTIALS, LAPTOP, LIVE, PORT, REGION, S3_PORT, client, instances
+from tests.cluster.hosts import GATEWAY
+from tests.cluster.patch import YOUR_RESULTS, YOUR_SECURITY_GROUP, patched
 from tests.cluster.session import CLUSTER_FILE, PATIENCE, Running, Session
 from tests.conftest import ROOT, command_environment
+from tests.object_store import Gate
 
-RESULTS_THERE = "/mnt/shared/runs"
+RESULTS = f"s3://{account.BUCKET}/runs"
 NAME = "lab"
 TRIALS, EPOCHS = 6, 60
 # Of the machine's speed nothing is assumed: a trial that is lost goes on from where it was, so that it is always one
 # with most of its epochs to come, however many others end meanwhile. Two losses of one trial is what a search retries.
+OUTAGE_SECONDS = 30.0
 SHORT_CUT_SECONDS = 5.0  # Ray gives a silent node up after half a minute at the earliest
 # There are no GPUs here: a trial takes all four CPUs of a worker, so it is one trial a machine as with its one GPU.
 SEARCH = (
@@ -36,14 +40,20 @@ SEARCH = (
     f"--name {NAME} --num-trials {TRIALS} --max-epochs {EPOCHS} --halving none --max-concurrent 2 "
     "--device cpu --cpus-per-trial 4"
 )
+TRAINING_EPOCHS = 3
+TRAINING = (
+    "cd ~/project && python -m orchestrator.train speedrun --dataset digits --address auto --results-dir $RESULTS_DIR "
+    f"--name trained --num-workers 2 --device cpu --max-epochs {TRAINING_EPOCHS} --set backbone=small_cnn "
+    "image_size=8 initial_image_size=none batch_size=64 warmup_epochs=1"
+)
 DASHBOARD = "/dev/tcp/localhost/8265"
 NOT_GONE = ("pending", "running", "stopping", "stopped")
 
 
 def test_the_patched_file_differs_only_in_what_it_must() -> None:
     shipped = (ROOT / "cluster.yaml").read_text()
-    there = patched(shipped, results=RESULTS_THERE, security_group="sg-1")
-    filled_in = shipped.replace(RESULTS, RESULTS_THERE).replace(SECURITY_GROUP, "sg-1")
+    there = patched(shipped, results=RESULTS, security_group="sg-1")
+    filled_in = shipped.replace(YOUR_RESULTS, RESULTS).replace(YOUR_SECURITY_GROUP, "sg-1")
     differences = dict(differing(yaml.safe_load(filled_in), yaml.safe_load(there)))
     assert differences == {"provider.use_internal_ips": (None, True), "idle_timeout_minutes": (20, 1)}
 
@@ -58,7 +68,7 @@ def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple
 
 
 @pytest.fixture
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def session(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     """A fake AWS with an account that has been prepared, and a laptop with the cluster file. Nothing is left of it."""
     reason = hosts.why_not()
     if reason:
@@ -68,6 +78,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     lab.folder.mkdir()
     lab.shared.mkdir()
     lab.shared.chmod(0o777)
+    monkeypatch.setenv("HYPERPARAMETER_ENSEMBLES_CACHE", str(folder / "copies"))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(variable, CREDENTIALS[variable])
     log = folder / "cloud.log"
     with log.open("wb") as output:
         cloud = subprocess.Popen(
@@ -87,9 +100,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         text = (ROOT / "cluster.yaml").read_text()
-        text = patched(text, results=RESULTS_THERE, security_group=account.prepare())
+        text = patched(text, results=RESULTS, security_group=account.prepare())
         (lab.shared / "cluster.yaml").write_text(text)
-        yield Session(lab, RESULTS_THERE, str(lab.shared / "runs"))
+        with Gate(PORT, host=str(GATEWAY), listens=S3_PORT) as gate:
+            yield Session(lab, f"{RESULTS}?endpoint_override={GATEWAY}:{PORT}&scheme=http", gate)
     finally:
         cloud.stdin.close()
         cloud.wait(timeout=PATIENCE)
@@ -133,6 +147,17 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
             cut = lose_and_see_it_go_on(session, search, session.lab.cut)
             if cut in session.lab.names():  # else the autoscaler has terminated it already
                 session.lab.heal(cut)
+        with session.step(f"S3 silent for {OUTAGE_SECONDS:g} s: the trial goes on where it is, with every epoch"):
+            trial = at_work(session, search)
+            before = now(session, trial)
+            refused = session.gate.num_refused
+            session.gate.is_shut = True
+            time.sleep(OUTAGE_SECONDS)
+            assert session.gate.num_refused > refused + 10
+            session.gate.is_shut = False
+            search.wait_until(lambda: progress(session, trial) >= min(before.last_epoch + 3, EPOCHS))
+            assert now(session, trial).retries == before.retries
+            check_nothing_lost(session.experiment(NAME), before=[before])
         with session.step("the head's driver killed"):
             at_work(session, search)
             session.lab.run(head, ["pkill", "-KILL", "-f", "python -m orchestrator.search"])
@@ -140,12 +165,29 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
             left = session.experiment(NAME)
             assert left.history.state == "running"
             assert left.history.unfinished
+            recorded = history(session)
     with (
-        session.step("--resume, to the end"),
+        session.step("--resume; then the head terminated, and all that it had on its disk"),
         session.running(f"ray exec {CLUSTER_FILE} '{SEARCH} --resume'") as search,
     ):
-        assert search.wait() == 0, search.printed()
-    check_complete(session.experiment(NAME), recorded=left, head=head)
+        at_work(session, search)
+        recorded += history(session)
+        terminate(head)
+        assert search.wait() != 0
+    with session.step("ray up: another head"):
+        session.run(f"ray up -y {CLUSTER_FILE}")
+        first_head, head = head, session.head()
+        assert head != first_head
+    with session.step("--resume from what is in S3, to the end"):
+        while True:
+            with session.running(f"ray exec {CLUSTER_FILE} '{SEARCH} --resume'") as search:
+                if search.wait() == 0:
+                    break
+                # Nobody can know that the first head's driver is gone; after a minute of silence it counts as gone.
+                assert "last heard of" in search.printed(), search.printed()
+            time.sleep(LAPSED_SECONDS / 4)
+    check_nothing_lost(session.experiment(NAME), before=recorded)
+    check_complete(session.experiment(NAME), heads={first_head, head})
     with session.step("an ensemble of the trials, by a job through the dashboard's tunnel"):
         choose = "cd ~/project && python -m orchestrator.ensemble --results-dir $RESULTS_DIR --top-k 5"
         with session.running(f"ray dashboard {CLUSTER_FILE}") as tunnel:
@@ -153,6 +195,12 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
             submit = "RAY_AUTH_MODE=token ray job submit --address http://localhost:8265"
             assert "succeeded" in session.run(f"{submit} -- bash -c '{choose}'")
         assert session.experiment(NAME).ensemble_ids() == ["e0001"]
+    with session.step("a training by two workers"):
+        print(session.run(f"ray exec {CLUSTER_FILE} '{TRAINING}'"))
+        trained = session.experiment("trained")
+        assert trained.history.state == "finished"
+        assert len(trained.epochs()) == TRAINING_EPOCHS
+        assert head not in set(trained.trials()["node"])
     with session.step("the workers go when nothing runs"):
         session.wait_until(lambda: [instance["InstanceId"] for instance in instances(*NOT_GONE)] == [head])
     with session.step("ray down"):
@@ -235,9 +283,10 @@ def lose_and_see_it_go_on(session: Session, search: Running, lose: Callable[[str
 
 def epochs_in_checkpoint(session: Session, trial: TrialHistory) -> int:
     """How many epochs the stored state of a trial has behind it; all of them when it has ended and is tidied up."""
-    path = session.experiment(NAME).files(trial.trial_id).resume
+    files = session.experiment(NAME).files(trial.trial_id)
     try:
-        return len(torch.load(path, weights_only=True)["progress"]["results"])
+        with files.open(files.resume) as file:
+            return len(torch.load(file, weights_only=True)["progress"]["results"])
     except FileNotFoundError:
         return EPOCHS
 
@@ -247,18 +296,22 @@ def terminate(node: str) -> None:
     client("ec2").terminate_instances(InstanceIds=[node])
 
 
-def check_complete(experiment: Experiment, *, recorded: Experiment, head: str) -> None:
-    """Every trial is there once and whole, and nothing that was recorded before is gone."""
+def check_nothing_lost(experiment: Experiment, *, before: list[TrialHistory]) -> None:
+    """Whatever was recorded before is recorded still."""
+    for trial in before:
+        later = experiment.history.trials[trial.trial_id]
+        assert [e.at for e in later.epochs[: len(trial.epochs)]] == [e.at for e in trial.epochs]
+
+
+def check_complete(experiment: Experiment, *, heads: set[str]) -> None:
+    """Every trial is there once and whole."""
     trials, epochs = experiment.trials(), experiment.epochs()
     assert sorted(trials["trial_id"]) == [f"t{number:05d}" for number in range(TRIALS)]
     assert set(trials["status"]) == {"completed"}
-    assert head not in set(trials["node"])
+    assert not heads & set(trials["node"])
     for _, of_trial in epochs.groupby("trial_id"):
         assert of_trial["epoch"].tolist() == list(range(1, EPOCHS + 1))
     assert len(epochs) == TRIALS * EPOCHS
-    for trial in recorded.history.trials.values():
-        went_on = experiment.history.trials[trial.trial_id]
-        assert [e.at for e in went_on.epochs[: len(trial.epochs)]] == [e.at for e in trial.epochs]
     for trial_id in trials["trial_id"]:
         assert set(experiment.stored_counts(trial_id)["best"]) == {"select", "estimate", "test"}
 
