@@ -282,4 +282,16 @@ KUBERAY_MISTAKES: dict[str, Mistake] = {
         "warning",
         "the head would run trials",
     ),
+    "growth that is not told": (
+        without("HYPERPARAMETER_ENSEMBLES_MAX_RESOURCES"),
+        first_line_with("headGroupSpec"),
+        "error",
+        """value: '{"CPU": 122, "GPU": 16}'} to env""",
+    ),
+    "growth that is no longer so": (
+        replaced("maxReplicas: 8", "maxReplicas: 4"),
+        first_line_with("HYPERPARAMETER_ENSEMBLES_MAX_RESOURCES"),
+        "error",
+        'but the worker groups grow to {"CPU": 106, "GPU": 12}; write that',
+    ),
 }

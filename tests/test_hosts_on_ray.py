@@ -125,6 +125,22 @@ def test_on_a_head_that_ray_up_has_made_room_is_what_its_file_says(
     assert ray_cluster.cluster_room() == {"memory": 8}
 
 
+def test_on_kubernetes_room_is_what_the_heads_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = yaml.safe_load((ROOT / "cluster.kuberay.yaml").read_text().split("---")[0])["spec"]["headGroupSpec"]
+    (variable,) = head["template"]["spec"]["containers"][0]["env"]
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"memory": 8.0})
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [{"Labels": {"ray.io/node-group": "headgroup"}}])
+    monkeypatch.setattr(ray_cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.setenv(variable["name"], variable["value"])
+    chosen = searcher.choose_resources(
+        "auto", cpus_per_trial=1, gpus_per_trial=None, max_concurrent=None, num_trials=100
+    )
+    assert (chosen.device, chosen.max_concurrent) == ("cuda", 16)
+    monkeypatch.setenv(variable["name"], "16 GPUs")
+    with pytest.raises(UsageError, match=r"MAX_RESOURCES is '16 GPUs'; wanted the most that the cluster may have"):
+        ray_cluster.cluster_room()
+
+
 def test_a_cluster_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**settings: object) -> None:
         check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "here", raise_on_mismatch=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 from orchestrator.cluster_check import versions
 from orchestrator.cluster_check.document import Document, Finding, Place, did_you_mean
 from orchestrator.cluster_check.versions import Versions
+from orchestrator.growth import VARIABLE
 
 KINDS = ("RayCluster", "RayJob", "RayService")
 
@@ -48,6 +53,8 @@ def _cluster(document: Document, spec: Place, project: Versions) -> Iterator[Fin
         yield from _images(document, group, project)
     for group in groups:
         yield from _replicas(document, group)
+    if document.at(*spec, "enableInTreeAutoscaling") is True:
+        yield from _growth(document, head, groups)
 
 
 def _images(document: Document, group: Place, project: Versions) -> Iterator[Finding]:
@@ -65,3 +72,43 @@ def _replicas(document: Document, group: Place) -> Iterator[Finding]:
         yield document.error(
             (*group, "minReplicas"), f"minReplicas {least:g} is above maxReplicas {most:g}; lower it or raise the other"
         )
+
+
+def _growth(document: Document, head: Place, groups: list[Place]) -> Iterator[Finding]:
+    """A search must know what the cluster may grow to, and Ray does not tell it."""
+    most = Counter[str]()
+    for group in groups:
+        for name, amount in _resources(document, group).items():
+            most[name] += math.floor((document.number(*group, "maxReplicas") or 0) * amount)
+    wanted = json.dumps({name: most[name] for name in ("CPU", "GPU") if most[name]})
+    place = (*head, "template", "spec", "containers", 0, "env")
+    for position, variable in enumerate(document.sequence(*place)):
+        if isinstance(variable, dict) and variable.get("name") == VARIABLE:
+            if variable.get("value") != wanted:
+                yield document.error(
+                    (*place, position, "value"),
+                    f"{VARIABLE} is {variable.get('value')}, but the worker groups grow to {wanted}; write that",
+                )
+            return
+    yield document.error(
+        head,
+        f"a search cannot know what the cluster grows to and refuses what there is no room for yet; add "
+        f"{{name: {VARIABLE}, value: '{wanted}'}} to env of the head's container",
+    )
+
+
+def _resources(document: Document, group: Place) -> dict[str, float]:
+    """What Ray takes a worker to have: its start parameters, else the limits of its first container."""
+    limits = document.mapping(*group, "template", "spec", "containers", 0, "resources", "limits")
+    gpus = [amount for name, amount in limits.items() if str(name).endswith("/gpu")]
+    given = document.mapping(*group, "rayStartParams")
+    cpus, gpu = given.get("num-cpus", limits.get("cpu")), given.get("num-gpus", gpus[0] if gpus else 0)
+    return {"CPU": math.ceil(_quantity(cpus)), "GPU": _quantity(gpu)}
+
+
+def _quantity(value: object) -> float:
+    """A Kubernetes quantity such as 4 or 500m; nothing where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(value))
+    if found is None:
+        return 0.0
+    return float(found[1]) / (1000 if found[2] else 1)
