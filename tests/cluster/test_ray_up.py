@@ -43,8 +43,8 @@ SEARCH = (
 TRAINING_EPOCHS = 3
 TRAINING = (
     "cd ~/project && python -m orchestrator.train speedrun --address auto --results-dir $RESULTS_DIR "
-    f"--name trained --num-workers 2 --device cpu --max-epochs {TRAINING_EPOCHS} --set dataset=digits backbone=small_cnn "
-    "image_size=8 initial_image_size=none batch_size=64 warmup_epochs=1"
+    f"--name trained --num-workers 2 --device cpu --max-epochs {TRAINING_EPOCHS} "
+    "--set dataset=digits backbone=small_cnn image_size=8 initial_image_size=none batch_size=64 warmup_epochs=1"
 )
 DASHBOARD = "/dev/tcp/localhost/8265"
 NOT_GONE = ("pending", "running", "stopping", "stopped")
