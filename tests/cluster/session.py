@@ -15,7 +15,7 @@ from results.store import Experiment
 from tests.cluster.cloud import CREDENTIALS, LAPTOP, LIVE, instances
 from tests.cluster.hosts import SYSTEM_PATH, Lab
 from tests.conftest import ROOT
-from tests.object_store import Gate
+from tests.object_storage.server import Gate
 
 PATIENCE = 600.0  # for anything that is waited for; on a quiet machine the longest is a minute and a half
 POLL_SECONDS = 0.3

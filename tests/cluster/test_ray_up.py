@@ -25,7 +25,7 @@ from tests.cluster.hosts import GATEWAY
 from tests.cluster.patch import YOUR_RESULTS, YOUR_SECURITY_GROUP, patched
 from tests.cluster.session import CLUSTER_FILE, PATIENCE, Running, Session
 from tests.conftest import ROOT, command_environment
-from tests.object_store import Gate
+from tests.object_storage.server import Gate
 
 RESULTS = f"s3://{account.BUCKET}/runs"
 NAME = "lab"
