@@ -25,6 +25,8 @@ from pathlib import Path
 NETWORK = ipaddress.ip_network("198.18.0.0/16")
 GATEWAY = NETWORK[1]
 BRIDGE = "hpelab"
+# Its own, else it is that of some host's cable: when that host goes, the others talk to nobody until they ask anew.
+BRIDGE_ADDRESS = "02:00:00:00:00:01"
 TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "rsync", "unshare", "nsenter", "setpriv", "useradd")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_SECONDS = 60
@@ -172,7 +174,7 @@ def network() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / f"{BRIDGE}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back however its holder ends
         remove()
-        _ip("link", "add", BRIDGE, "type", "bridge")
+        _ip("link", "add", BRIDGE, "address", BRIDGE_ADDRESS, "type", "bridge")
         try:
             _ip("addr", "add", f"{GATEWAY}/{NETWORK.prefixlen}", "dev", BRIDGE)
             _ip("link", "set", BRIDGE, "up")

@@ -56,6 +56,14 @@ def test_what_a_host_writes_no_other_sees_but_in_the_shared_folder(two: hosts.La
     assert prints(two, "one", f"touch {sys.prefix}/x && echo written") == ""
 
 
+def test_the_gateway_keeps_its_address_when_hosts_come_and_go(two: hosts.Lab) -> None:
+    address = Path("/sys/class/net", hosts.BRIDGE, "address")
+    before = address.read_text()
+    for name in two.names():
+        two.shut_down(name)
+        assert address.read_text() == before == f"{hosts.BRIDGE_ADDRESS}\n"
+
+
 def test_hosts_reach_each_other_but_for_a_cable_that_is_cut(two: hosts.Lab) -> None:
     def reaches(address: str) -> bool:
         # A closed port answers at once where there is a way; without one nothing does.
