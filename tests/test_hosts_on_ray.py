@@ -46,9 +46,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=20"))
+    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=60"))
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "3", "--max-concurrent", "2", "--halving", "none"]
+    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "2", "--max-concurrent", "2", "--halving", "none"]
     second = cluster.add_node(num_cpus=1)
 
     def trials() -> list[TrialHistory]:
@@ -56,17 +56,17 @@ def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(clust
 
     with search_running(tmp_path, *arguments, "--address", cluster.address, output=output) as process:
         wait_for_epochs(root, 1, process, output)
-        wait_until(lambda: len([t for t in trials() if t.last_epoch >= 3]) == 2, process, output)
+        wait_until(lambda: [3 <= trial.last_epoch <= 45 for trial in trials()] == [True, True], process, output)
         before = trials()
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: sum(t.retries for t in trials()) == 1, process, output)
         cluster.add_node(num_cpus=1)
         assert process.wait(timeout=PATIENCE) == 0, output.read_text()
     experiment = Experiment.open(root.parent, "slow")
-    assert sorted(experiment.trials()["retries"]) == [0, 0, 1]
+    assert sorted(experiment.trials()["retries"]) == [0, 1]
     assert set(experiment.trials()["status"]) == {"completed"}
     for _, epochs in experiment.epochs().groupby("trial_id"):
-        assert epochs["epoch"].tolist() == list(range(1, 21))
+        assert epochs["epoch"].tolist() == list(range(1, 61))
     for trial in before:
         later = experiment.history.trials[trial.trial_id]
         assert [e.at for e in later.epochs[: len(trial.epochs)]] == [e.at for e in trial.epochs]
