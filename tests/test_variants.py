@@ -361,8 +361,8 @@ def test_the_rate_of_inference_is_that_of_select_and_of_the_best_epoch(images: R
     _, results = trained(CONFIG, images, tmp_path / "one")
     seconds = time.perf_counter() - start
     rates = [result.inference_images_per_second for result in results]
+    assert all(rates)
     assert sum(len(images.split.select) / rate for rate in rates if rate) < seconds
-    assert all(rate is not None and len(images.split.select) / rate < seconds / len(rates) for rate in rates)
     experiment = new_experiment(tmp_path)
     with experiment.driving():
         record_ended_trial(experiment, "completed", rates=(100.0, 300.0))
