@@ -23,7 +23,7 @@ from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
 from orchestrator.ray_cluster import check_reachable, ray_cluster
-from orchestrator.searcher import choose_resources, fit
+from orchestrator.searcher import choose_resources, fit, must_grow
 from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
 from results.history import TrialHistory
@@ -158,6 +158,8 @@ def drive(
             notify=shown.changed,
         )
         if not ledger.finished:
+            if must_grow(resources):
+                console.print("waiting for the cluster to grow; ray status says how that goes", highlight=False)
             with shown.watching(ledger):
                 fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
         if ledger.finished or ledger.out_of_time:

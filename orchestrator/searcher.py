@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 from ray.tune.experiment import Trial
@@ -166,6 +167,12 @@ def choose_resources(
             f"{cluster.get('GPU', 0):g}; lower --cpus-per-trial or --gpus-per-trial"
         )
     return Resources(device, cpus_per_trial, gpus, max_concurrent or min(int(room), max(1, num_trials // 3)))
+
+
+def must_grow(resources: Resources) -> bool:
+    """Whether the cluster has no room for a single trial yet."""
+    there = ray.cluster_resources()
+    return there.get("CPU", 0) < resources.cpus or there.get("GPU", 0) < resources.gpus
 
 
 class CheckingStopper(Stopper):

@@ -102,6 +102,9 @@ def test_what_an_autoscaled_cluster_may_get_is_room(monkeypatch: pytest.MonkeyPa
         "auto", cpus_per_trial=4, gpus_per_trial=None, max_concurrent=None, num_trials=100
     )
     assert (chosen.device, chosen.max_concurrent) == ("cuda", 4)
+    assert searcher.must_grow(chosen)
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    assert not searcher.must_grow(chosen)
     assert workers.choose_device("auto", workers.Workers(4, 4)) == "cuda"
     with pytest.raises(UsageError, match=r"--num-workers 5, but Ray sees 4 GPUs and each worker takes one; lower it"):
         workers.choose_device("auto", workers.Workers(5, 5))

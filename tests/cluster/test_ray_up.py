@@ -131,6 +131,7 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
         with session.step("a search: two spot workers come, each trains a trial"):
             search.wait_until(lambda: len(nodes_at_work(session)) == 2)
             assert head not in nodes_at_work(session)
+            assert "waiting for the cluster to grow" in search.printed()
             assert kinds() == ["g6.xlarge spot", "g6.xlarge spot", "m6i.2xlarge on demand"]
         with session.step("an instance terminated in mid-trial: the trial goes on elsewhere from its checkpoint"):
             lose_and_see_it_go_on(session, search, terminate)
