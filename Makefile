@@ -9,8 +9,10 @@ demo: .venv/.runtime
 	$(BIN)/python -m orchestrator.search digits --train-fraction 0.25 --num-trials 30 --name $(DEMO)
 	$(BIN)/python -m orchestrator.ensemble --experiment $(DEMO) --top-k 5
 
+# Searches and trainings under Ray use the whole machine, one after the other; all other tests a core each.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not ray' -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'ray and not cluster'
 
 check: .venv/.development
 	$(BIN)/ruff check .

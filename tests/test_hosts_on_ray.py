@@ -18,10 +18,9 @@ from orchestrator import ray_cluster, searcher, workers
 from results.history import TrialHistory
 from results.schema import UsageError
 from results.store import Experiment
+from tests.background import ON_A_BUSY_MACHINE, PATIENCE, epochs_in_log, running, wait_for_epochs, wait_until
 from tests.conftest import ROOT, CommandLine
-from tests.test_large_batch_on_ray import ON_A_BUSY_MACHINE, PATIENCE, running, wait_for_epochs, wait_until
-from tests.test_search_on_ray import SLOW_SPACE, epochs_in_log
-from tests.test_search_on_ray import running as search_running
+from tests.test_search_on_ray import SLOW_SPACE
 
 SETTINGS = [
     *("dataset=digits", "backbone=small_cnn", "batch_size=46", "train_fraction=0.4", "max_epochs=1000"),
@@ -54,7 +53,7 @@ def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(clust
     def trials() -> list[TrialHistory]:
         return list(Experiment.open(root.parent, "slow").history.trials.values())
 
-    with search_running(tmp_path, *arguments, "--address", cluster.address, output=output) as process:
+    with running(tmp_path, "orchestrator.search", *arguments, "--address", cluster.address, output=output) as process:
         wait_for_epochs(root, 1, process, output)
         wait_until(lambda: [3 <= trial.last_epoch <= 45 for trial in trials()] == [True, True], process, output)
         before = trials()
@@ -78,7 +77,9 @@ def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(clust
 def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(cluster: Cluster, tmp_path: Path) -> None:
     root, output = tmp_path / "runs" / "many", tmp_path / "output"
     second = cluster.add_node(num_cpus=1)
-    with running(tmp_path, *ARGUMENTS, "--elastic", "1:2", "--address", cluster.address, output=output) as process:
+    with running(
+        tmp_path, "orchestrator.train", *ARGUMENTS, "--elastic", "1:2", "--address", cluster.address, output=output
+    ) as process:
         wait_for_epochs(root, 2, process, output)
         assert "\n2 workers, CPU\n" in output.read_text()
         cluster.remove_node(second, allow_graceful=False)

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,8 @@ from orchestrator.ray_cluster import not_reachable
 from results.events import TrialRetried, read_events
 from results.schema import TestPredictions, UsageError
 from results.store import Experiment, TrialFiles
+from tests.background import PATIENCE, epochs_in_log, running, training_workers, wait_for_epochs, wait_until
 from tests.conftest import CommandLine, command_environment
-from tests.test_search_on_ray import epochs_in_log
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.learner import Learner
@@ -30,8 +28,6 @@ from trainables.resident import ResidentImages
 from trainables.trial import check_resumable, serialized
 
 EPOCHS = 40
-PATIENCE = 300  # seconds until workers have begun
-ON_A_BUSY_MACHINE = {"RAY_worker_niceness": "0"}  # by default everything else goes first
 # No batch statistics and double precision: what it computes does not depend on the number of workers.
 SETTINGS = [
     *("dataset=digits", "backbone=small_cnn_groupnorm", "precision=float64", "image_size=16", "batch_size=46"),
@@ -41,51 +37,8 @@ SETTINGS = [
 ARGUMENTS = ["speedrun", "--set", *SETTINGS, "--results-dir", "runs", "--name", "many"]
 
 
-@contextmanager
-def running(folder: Path, *arguments: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A training in the background; killed at the end of the block if it still runs."""
-    with output.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.train", *arguments],
-            cwd=folder,
-            env={**command_environment(), **ON_A_BUSY_MACHINE},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.02)
-
-
-def wait_for_epochs(root: Path, count: int, process: subprocess.Popen[bytes], output: Path) -> None:
-    wait_until(lambda: epochs_in_log(root) >= count, process, output)
-
-
 def wait_for_text(text: str, times: int, process: subprocess.Popen[bytes], output: Path) -> None:
     wait_until(lambda: output.read_text().count(text) >= times, process, output)
-
-
-def training_workers(driver: int) -> list[psutil.Process]:
-    """The processes below a driver that train."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.mark.ray
@@ -103,7 +56,9 @@ def test_kills_of_workers_and_drivers_lose_nothing_and_change_nothing(tmp_path: 
     for number, (whom, what, num_workers) in enumerate(moments):
         resume = ["--resume"] if number else []
         before = epochs_in_log(root)
-        with running(tmp_path, *ARGUMENTS, "--num-workers", num_workers, *resume, output=output) as process:
+        with running(
+            tmp_path, "orchestrator.train", *ARGUMENTS, "--num-workers", num_workers, *resume, output=output
+        ) as process:
             wait_for_epochs(root, before + 1, process, output)
             delay = rng.uniform(0, 0.5)
             print(f"{what.name} to a {whom} {delay:.3f} s after an epoch")
@@ -121,7 +76,9 @@ def test_kills_of_workers_and_drivers_lose_nothing_and_change_nothing(tmp_path: 
                 assert process.wait(timeout=PATIENCE) == 130, output.read_text()
         psutil.wait_procs(workers, timeout=15)
         assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-    with running(tmp_path, *ARGUMENTS, "--num-workers", "1", "--resume", output=output) as process:
+    with running(
+        tmp_path, "orchestrator.train", *ARGUMENTS, "--num-workers", "1", "--resume", output=output
+    ) as process:
         assert process.wait(timeout=PATIENCE) == 0, output.read_text()
 
     text = output.read_text()

@@ -8,10 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,8 @@ from results.schema import SelectPredictions, TestPredictions
 from results.store import Experiment, TrialFiles
 from results.study import open_study
 from search_spaces.space import load_space
-from tests.conftest import CommandLine, command_environment
+from tests.background import epochs_in_log, running, training_workers, wait_for_epochs
+from tests.conftest import CommandLine
 from tests.test_event_log import snapshot
 from tests.test_search_logic import rung_state
 from trainables.config import TrainConfig
@@ -53,45 +52,6 @@ SPACE = SearchSpace(
     budget=Budget(num_trials=10, max_epochs=9),
 )
 """
-
-
-@contextmanager
-def running(folder: Path, *arguments: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A search in the background; killed at the end of the block if it still runs."""
-    with output.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.search", *arguments],
-            cwd=folder,
-            env=command_environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def epochs_in_log(root: Path) -> int:
-    if not (root / "events").is_dir():
-        return 0
-    return sum(segment.read_text().count('"event": "epoch"') for segment in (root / "events").iterdir())
-
-
-def wait_for_epochs(root: Path, count: int, process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + 120
-    while epochs_in_log(root) < count:
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.05)
-
-
-def training_workers(driver: int) -> list[psutil.Process]:
-    """The processes below a driver that train."""
-    processes = psutil.Process(driver).children(recursive=True)
-    return [p for p in processes if any(name in " ".join(p.cmdline()) for name in ("TuneTrial", "ResourceTrainable"))]
 
 
 def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarray:
@@ -120,7 +80,7 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
     for number, delay in enumerate(delays):
         resume = ["--resume"] if number else []
         before = epochs_in_log(root)
-        with running(tmp_path, *arguments, *resume, output=output) as process:
+        with running(tmp_path, "orchestrator.search", *arguments, *resume, output=output) as process:
             wait_for_epochs(root, before + 2, process, output)
             killed_at = time.monotonic() + delay
             while time.monotonic() < killed_at and epochs_in_log(root) < before + 4:  # five times four is not all
@@ -137,7 +97,7 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
         now = ended_rows(root)
         assert {trial_id: now[trial_id] for trial_id in rows} == rows
         rows = now
-    with running(tmp_path, *arguments, "--resume", output=output) as process:
+    with running(tmp_path, "orchestrator.search", *arguments, "--resume", output=output) as process:
         assert process.wait(timeout=240) == 0, output.read_text()
 
     now = ended_rows(root)
@@ -184,7 +144,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path) -> No
     (tmp_path / "slow.py").write_text(SLOW_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
     arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "2", "--halving", "none"]
-    with running(tmp_path, *arguments, output=output) as process:
+    with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:
         wait_for_epochs(root, 4, process, output)
         training_workers(process.pid)[0].kill()
         assert process.wait(timeout=240) == 0, output.read_text()
@@ -240,7 +200,9 @@ def test_sigint_stops_within_seconds_and_a_moved_folder_resumes(tmp_path: Path, 
     # Trials of 20 epochs: both are far from their ends when the signal comes, after four epochs between them.
     (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=20"))
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    with running(tmp_path, "slow.py", "--results-dir", "runs", "--num-trials", "2", output=output) as process:
+    with running(
+        tmp_path, "orchestrator.search", "slow.py", "--results-dir", "runs", "--num-trials", "2", output=output
+    ) as process:
         wait_for_epochs(root, 4, process, output)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -338,7 +300,7 @@ def test_a_second_driver_is_refused_and_sigterm_is_an_interrupt_too(tmp_path: Pa
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
     # So many trials that the first driver cannot be done before the second has been refused.
     arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "1000"]
-    with running(tmp_path, *arguments, output=output) as process:
+    with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:
         wait_for_epochs(root, 1, process, output)
         second = command("orchestrator.search", *arguments, "--resume")
         assert second.returncode == 2
