@@ -1,6 +1,6 @@
 """The shipped cluster.yaml, driven by `ray up` on a fake AWS whose instances are hosts: all that happens to a cluster.
 
-pytest tests/cluster -m cluster -s
+pytest tests/cluster -m cluster -s        # all of it; without -m only what must work before anything can happen
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SHORT_CUT_SECONDS = 5.0  # Ray gives a silent node up after half a minute at the
 # There are no GPUs here: a trial takes all four CPUs of a worker, so it is one trial a machine as with its one GPU.
 SEARCH = (
     "cd ~/project && python -m orchestrator.search digits --address auto --results-dir $RESULTS_DIR "
-    f"--name {NAME} --num-trials {TRIALS} --max-epochs {EPOCHS} --halving none --max-concurrent 2 "
-    "--device cpu --cpus-per-trial 4"
+    f"--name {NAME} --halving none --max-concurrent 2 --device cpu --cpus-per-trial 4"
 )
+LONG_SEARCH = f"{SEARCH} --num-trials {TRIALS} --max-epochs {EPOCHS}"
 TRAINING_EPOCHS = 3
 TRAINING = (
     "cd ~/project && python -m orchestrator.train speedrun --address auto --results-dir $RESULTS_DIR "
@@ -111,27 +111,48 @@ def session(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     assert hosts.left() == {"namespaces": [], "links": []}
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.cluster
-@pytest.mark.timeout(5400)
-def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session) -> None:
+def ray_up(session: Session) -> str:
+    """Make the cluster. Returns its head, which is all there is."""
     with session.step("token and check of the cluster file"):
         session.run("ray get-auth-token --generate")
         assert "0 errors" in session.run(f"python -m orchestrator.cluster check {CLUSTER_FILE}")
     with session.step("ray up"):
         session.run(f"ray up -y {CLUSTER_FILE}")
-        head = session.head()
         assert kinds() == ["m6i.2xlarge on demand"]
+        return session.head()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_search_makes_the_cluster_grow_and_leaves_its_results_in_s3(session: Session) -> None:
+    head = ray_up(session)
+    with session.step("a search of two trials on workers that come for it"):
+        session.run(f"ray exec {CLUSTER_FILE} '{SEARCH} --num-trials 2 --max-epochs 3'")
+    with session.step("ray down"):
+        session.run(f"ray down -y {CLUSTER_FILE}")
+        check_nothing_is_left(session)
+    trials = session.experiment(NAME).trials()
+    assert trials["status"].tolist() == ["completed", "completed"]
+    assert head not in set(trials["node"])
+    show(session)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(5400)
+def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session) -> None:
+    head = ray_up(session)
     with session.step("ray up once more"):
         session.run(f"ray up -y {CLUSTER_FILE}")
         assert [instance["InstanceId"] for instance in instances(*NOT_GONE)] == [head]
         assert "no active nodes" in session.run(f"ray exec {CLUSTER_FILE} 'ray status'")
-    with session.running(f"ray exec {CLUSTER_FILE} '{SEARCH}'") as search:
+    with session.running(f"ray exec {CLUSTER_FILE} '{LONG_SEARCH}'") as search:
         with session.step("a search: two spot workers come, each trains a trial"):
             search.wait_until(lambda: len(nodes_at_work(session)) == 2)
             assert head not in nodes_at_work(session)
-            assert "waiting for the cluster to grow" in search.printed()
+            assert "waiting for the cluster to grow" in search.output.read_text()
             assert kinds() == ["g6.xlarge spot", "g6.xlarge spot", "m6i.2xlarge on demand"]
         with session.step("an instance terminated in mid-trial: the trial goes on elsewhere from its checkpoint"):
             lose_and_see_it_go_on(session, search, terminate)
@@ -169,7 +190,7 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
             recorded = history(session)
     with (
         session.step("--resume; then the head terminated, and all that it had on its disk"),
-        session.running(f"ray exec {CLUSTER_FILE} '{SEARCH} --resume'") as search,
+        session.running(f"ray exec {CLUSTER_FILE} '{LONG_SEARCH} --resume'") as search,
     ):
         at_work(session, search)
         recorded += history(session)
@@ -181,7 +202,7 @@ def test_a_search_ends_complete_whatever_happens_to_its_cluster(session: Session
         assert head != first_head
     with session.step("--resume from what is in S3, to the end"):
         while True:
-            with session.running(f"ray exec {CLUSTER_FILE} '{SEARCH} --resume'") as search:
+            with session.running(f"ray exec {CLUSTER_FILE} '{LONG_SEARCH} --resume'") as search:
                 if search.wait() == 0:
                     break
                 # Nobody can know that the first head's driver is gone; after a minute of silence it counts as gone.
