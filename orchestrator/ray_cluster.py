@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 from ray._private.state import state as ray_state
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.growth import NODE_TYPE_LABEL, most_resources
@@ -41,13 +41,18 @@ def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
     environment = worker_environment(threads=threads)
     os.environ.update(TUNE_SETTINGS)
     address = address or os.environ.get("RAY_ADDRESS")
+    check_address(address)
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address:
         try:
-            _probe(address)
             ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--address {address}: no Ray cluster answers there ({error})") from error
+            raise UsageError(_nobody_answers(address, str(error))) from error
+        except AuthenticationError as error:
+            raise UsageError(
+                f"--address {address}: the cluster wants a token that this process has not; give the one in "
+                f"~/.ray/auth_token of its head, and RAY_AUTH_MODE=token"
+            ) from error
         except RuntimeError as error:
             if "Version mismatch" not in str(error):
                 raise
@@ -61,11 +66,45 @@ def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _probe(address: str) -> None:
-    """Raise OSError when nobody listens at host:port, where Ray itself would try for minutes."""
+def check_address(address: str | None) -> None:
+    """Raise UsageError when no Ray cluster can be at an address, by default RAY_ADDRESS's.
+
+    Ray itself would try for minutes, or for ever where something else listens.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or ""
+    if "://" in address:
+        raise UsageError(
+            f"--address {address} is Ray Client's, which knows too little of a cluster; run the command on the head "
+            f"with --address auto (ray exec, ray job submit)"
+        )
     host, separator, port = address.rpartition(":")
-    if separator and port.isdigit() and "://" not in address:
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+    if not separator or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=PROBE_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_http2(connection):
+                raise UsageError(_nobody_answers(address, "something else listens"))
+    except (OSError, OverflowError) as error:
+        raise UsageError(_nobody_answers(address, str(error))) from error
+
+
+def _nobody_answers(address: str, reason: str) -> str:
+    return (
+        f"--address {address}: no Ray cluster answers there ({reason}); give the address that ray start printed, auto "
+        f"on a host of the cluster, or none for a local one"
+    )
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other side greets as gRPC does, by HTTP/2 (RFC 9113, 3.4): its first frame is SETTINGS, type 4."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + bytes([4, 0]) + bytes(4))
+    head = b""
+    while len(head) < 4:
+        received = connection.recv(4 - len(head))
+        if not received:
+            return False
+        head += received
+    return head[3] == 4
 
 
 def _versions(text: str) -> str:

@@ -22,7 +22,7 @@ from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.ray_cluster import check_reachable, ray_cluster
+from orchestrator.ray_cluster import check_address, check_reachable, ray_cluster
 from orchestrator.searcher import choose_resources, fit, must_grow
 from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
@@ -179,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = cli.make_console()
     plan = plan_from(args)
     name = experiment_name(args, plan)
+    check_address(args.address)
     experiment, plan = driver.open_or_check_new(args, plan, name)
     data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
     warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash, resuming=args.resume)

@@ -113,11 +113,15 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.DONE
     plan = plan_from(args)
     name = str(args.name or args.recipe)
+    if has_workers(args):
+        from orchestrator.ray_cluster import check_address  # and Ray, which nobody else has to import
+
+        check_address(args.address)
     experiment, plan = driver.open_or_check_new(args, plan, name)
     data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
     try:
         if has_workers(args):
-            from orchestrator import workers  # and Ray, which nobody else has to import
+            from orchestrator import workers
 
             group = workers.Workers(*(args.elastic or (args.num_workers, args.num_workers)))
             experiment = workers.drive(experiment, plan, data, args, console, name=name, workers=group)

@@ -21,7 +21,7 @@ from results.files import replace_file
 from results.objects import ObjectStore, Refused, Unreachable
 from results.schema import UsageError
 
-LEASE, GENERATION = "lease.json", "generation"
+LEASE, GENERATION, TOKEN = "lease.json", "generation", ".lease"
 RENEWED_SECONDS = 10.0
 LAPSED_SECONDS = 60.0
 SETTLING_SECONDS = 0.5
@@ -78,8 +78,10 @@ class Lease:
         """Claim it, for the copy in `root`, whose lock is held. Raises ExperimentLocked while another driver has it."""
         self._remote = remote
         self._name = root.name
-        self._owner = {"token": uuid.uuid4().hex, "host": platform.node(), "copy": str(root.absolute())}
+        self._owner = {"token": uuid.uuid4().hex, "host": platform.node()}
+        self._token_of_copy = root / TOKEN
         self._check_free()
+        replace_file(self._token_of_copy, self._owner["token"].encode(), sync=False)
         remote.put(LEASE, self._content)
         time.sleep(SETTLING_SECONDS)
         self._remote = replace(remote, patience=0.0)  # from here on others try again
@@ -94,8 +96,8 @@ class Lease:
 
     def _check_free(self) -> None:
         found, owner = self._remote.info(LEASE), self._read()
-        # The lock of the same copy is held here: whoever had its lease is gone.
-        if found is None or (owner.get("host"), owner.get("copy")) == (self._owner["host"], self._owner["copy"]):
+        # The lock of this copy is held here: whoever had its lease is gone. Names of hosts need not be unique.
+        if found is None or owner.get("token") == self._last_token():
             return
         age = (self._now_ns() - found.modified_ns) / 1e9
         if age < LAPSED_SECONDS:
@@ -104,6 +106,10 @@ class Lease:
                 f"seconds ago; wait for it, stop it, or choose another --name (after {LAPSED_SECONDS:.0f} seconds "
                 f"without news it counts as gone)"
             )
+
+    def _last_token(self) -> str:
+        """Of the lease that this copy's last driver claimed."""
+        return self._token_of_copy.read_text(encoding="ascii") if self._token_of_copy.exists() else ""
 
     def _now_ns(self) -> int:
         """The store's time: clocks of machines may differ by more than a minute."""

@@ -228,7 +228,7 @@ class Mirror:
                 tables_at = time.monotonic() + TABLES_SECONDS
 
     def send(self, *, tables: bool) -> None:
-        """Send what has changed. Raises Unreachable, Refused, or ExperimentLocked before anything is sent."""
+        """Send what has changed. Raises Unreachable, Refused, or ExperimentLocked if another driver has taken over."""
         self._lease.check()
         superfluous = dict(self._superfluous)
         # Read before the log is: an event is in the log before a table has its row.
@@ -257,7 +257,8 @@ class Mirror:
         return (self._root / name).read_bytes()
 
     def _put(self, name: str, stamp: Stamp, content: bytes) -> None:
-        self._remote.put(name, content)
+        # A machine may have slept since the last one, and another driver begun.
+        self._remote.put(name, content, permitted=self._lease.check)
         self._sent[name] = stamp
 
     def _remove_vanished(self) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -24,7 +25,7 @@ PATIENCE_SECONDS = 300.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.25, 10.0
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 6.0  # without a byte
 READS = 5
-ANSWER_SECONDS = 8.0  # a command has taken seconds to begin by then
+ANSWER_SECONDS = 8.0  # of all questions before a command begins, which has taken seconds to start
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist", re.IGNORECASE)
 DENIED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|MISSING_AUTHENTICATION_TOKEN"
@@ -124,20 +125,22 @@ class ObjectStore:
         """An object's content. Raises FileNotFoundError when there is none."""
 
         def read(filesystem: fs.FileSystem, path: str) -> bytes:
-            # pyarrow asks for the size and then for so many bytes: of an object replaced in between it has a part.
+            # Opening asks for the size, reading for so many bytes: of an object replaced in between that is a part.
             for _ in range(READS):
-                with filesystem.open_input_stream(path) as stream:
-                    content = bytes(stream.read())
-                if filesystem.get_file_info(path).size in (len(content), None):
-                    return content
+                with filesystem.open_input_file(path) as file:
+                    before, content = file.metadata(), file.read_at(file.size(), 0)
+                with filesystem.open_input_file(path) as file:
+                    if file.metadata() == before:
+                        return bytes(content)
             raise OSError(f"{path} is replaced again and again while it is read")
 
         return self._patiently(read, name)
 
-    def put(self, name: str, content: bytes) -> None:
-        """Make or replace an object, in one step."""
+    def put(self, name: str, content: bytes, *, permitted: Callable[[], object] = lambda: None) -> None:
+        """Make or replace an object, in one step. `permitted` is asked before every attempt, and may raise."""
 
         def put(filesystem: fs.FileSystem, path: str) -> None:
+            permitted()
             with filesystem.open_output_stream(path) as stream:
                 stream.write(content)
 
@@ -239,6 +242,10 @@ def _refusal(uri: str, error: OSError) -> str | None:
     return None
 
 
+_waited: defaultdict[str, float] = defaultdict(float)
+"""Seconds that this process has spent asking whether a store can be used."""
+
+
 @functools.cache
 def connected(uri: str) -> ObjectStore:
     """The store at a URI, once it has answered: asked once a process, and for some seconds at most.
@@ -273,8 +280,10 @@ def _within_seconds(uri: str, operation: Callable[[], object]) -> None:
             failures.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)
+    began = time.monotonic()
     thread.start()
-    thread.join(ANSWER_SECONDS)
+    thread.join(max(0.0, ANSWER_SECONDS - _waited[uri]))
+    _waited[uri] += time.monotonic() - began
     if failures and isinstance(failures[0], UsageError):
         raise failures[0]
     if failures or thread.is_alive():

@@ -31,7 +31,7 @@ def names(results_dir: str | Path) -> list[str]:
         store = connected(str(results_dir))
 
         def note(name: str) -> None:
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
                 started[name] = json.loads(store.read(f"{name}/experiment.json"))["started_at"]
 
         in_parallel(note, (name for name in store.folders() if not name.startswith(".")))

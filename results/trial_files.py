@@ -84,9 +84,9 @@ class TrialFiles:
 
     def replace(self, path: Path, content: bytes) -> None:
         """Write a file of the trial, synced, unless the driver has been superseded."""
+        self.check_current()
         if self.remote:
-            self.check_current()
-            self._store.put(self._name(path), content)
+            self._store.put(self._name(path), content, permitted=self.check_current)
         else:
             replace_file(path, content, sync=True, permitted=self.check_current)
 

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 
 from results.objects import Refused, Unreachable
-from results.schema import EpochResult
+from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.course import legs_from
@@ -53,12 +53,14 @@ class TuneTrial(tune.Trainable):
             # Its memory is to be free before the next one is made, and a learner is part of a cycle.
             self._results, self._learner = iter(()), None
             gc.collect()
+        files = TrialFiles(**config["files"])
+        self._check_files = files.check_current
         state = TrainState(train_config, self._data, learner=self._learner)
         self._learner = state.learner
         self._results = run_trial(
             train_config,
             self._data,
-            files=TrialFiles(**config["files"]),
+            files=files,
             course=legs_from(config["course"]),
             state=state,
             rung_epochs=config["rung_epochs"],
@@ -68,8 +70,13 @@ class TuneTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """The next epoch's figures; or `disk_full`, which ends the search and not the trial.
 
-        An object store that does not answer for minutes, or that does not let this machine in, is like a full disk.
+        An object store that does not answer for minutes, or that does not let this machine in, is like a full disk, and
+        so is a results folder that this machine does not see.
         """
+        try:
+            self._check_files()
+        except (Unreachable, UsageError) as error:
+            return {"disk_full": str(error)}
         try:
             result = next(self._results)
         except (Unreachable, Refused) as error:

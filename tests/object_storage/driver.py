@@ -22,10 +22,10 @@ place, num_puts = sys.argv[1], int(sys.argv[2])
 experiment = new_experiment(place, num_trials=30)
 puts = itertools.count(1)
 put = ObjectStore.put
-def put_or_die(store, name, content):
+def put_or_die(store, name, content, **options):
     if "/t0" not in name and next(puts) == num_puts:  # what workers put does not count
         os.kill(os.getpid(), signal.SIGKILL)
-    put(store, name, content)
+    put(store, name, content, **options)
 ObjectStore.put = put_or_die
 print("began", flush=True)
 def curve(assignment, epoch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,12 +91,48 @@ def test_a_superseded_driver_overwrites_nothing_and_is_told(
     assert {name: store.read(name) for name in store.objects()} == after
 
 
+@pytest.mark.parametrize("whose", ["driver", "worker"])
+def test_what_is_put_long_after_it_was_permitted_overwrites_nothing(
+    whose: str, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a machine that slept, or was cut off from the store and tries again: another driver began meanwhile."""
+    put, slept = ObjectStore.put, threading.Event()
+    after: dict[str, bytes] = {}
+
+    def put_after_sleep(store: ObjectStore, name: str, content: bytes, **options: Any) -> None:
+        if name.startswith("events/" if whose == "driver" else "predictions/") and not slept.is_set():
+            slept.set()
+            be_on("second", tmp_path, monkeypatch)
+            monkeypatch.setattr(lock, "LAPSED_SECONDS", 0.0)
+            run_with_predictions(Experiment.open(results, "sim"), num_trials=3)
+            after.update({name: stored(results).read(name) for name in stored(results).objects()})
+        put(store, name, content, **options)
+
+    def drive() -> None:
+        experiment = new_experiment(results)
+        with experiment.driving():
+            eventually(lambda: stored(results).info("experiment.json"))
+            monkeypatch.setattr(ObjectStore, "put", put_after_sleep)
+            if whose == "driver":
+                experiment.record(ExperimentStopped(at=1.0, state="interrupted"))
+                assert slept.wait(timeout=60)
+                eventually(lambda: after)
+            else:
+                files = experiment.files("t00000")
+                with pytest.raises(Superseded, match="driver 1; driver 2 has taken over"):
+                    files.replace(files.predictions, b"late")
+
+    with pytest.raises(ExperimentLocked, match=r"has been taken over by .*; this one writes no more"):
+        drive()
+    assert {name: stored(results).read(name) for name in stored(results).objects()} == after
+
+
 def test_of_two_that_claim_at_the_same_time_one_gives_way(results: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = stored(results)
     settle = time.sleep
 
     def meanwhile(seconds: float) -> None:
-        store.put(lock.LEASE, json.dumps({"token": "another", "host": "second", "copy": "there"}).encode())
+        store.put(lock.LEASE, json.dumps({"token": "another", "host": "second"}).encode())
         settle(seconds)
 
     experiment = new_experiment(results)
