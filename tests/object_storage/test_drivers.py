@@ -133,9 +133,11 @@ def test_an_outage_in_mid_search_loses_nothing_and_recording_does_not_wait(resul
             number = len(list(read_events(experiment.root / "events")))
             if number > 40 and not in_outage:
                 gate.is_shut = True
+                eventually(lambda: gate.num_refused > 3)  # what was on its way has arrived by then
                 experiment.record(ExperimentStopped(at=1.0, state="interrupted"))  # returns while nobody answers
                 in_outage.append(log_in(stored(results), experiment.root / ".log"))
-                eventually(lambda: gate.num_refused > 3)
+                refused = gate.num_refused
+                eventually(lambda: gate.num_refused > refused + 3)
                 assert log_in(stored(results), experiment.root / ".log") == in_outage[0]
                 gate.is_shut = False
             return LEARNING(assignment, epoch)
