@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +17,9 @@ import pytest
 import yaml
 from ray._private.utils import check_version_info
 from ray.cluster_utils import Cluster
+from ray.exceptions import AuthenticationError
 
-from orchestrator import ray_cluster, searcher, workers
+from orchestrator import growth, ray_cluster, searcher, workers
 from results.history import TrialHistory
 from results.schema import UsageError
 from results.store import Experiment
@@ -157,37 +162,104 @@ def test_a_cluster_of_another_version_is_refused_in_a_sentence(monkeypatch: pyte
         pass
 
 
+def test_a_cluster_that_wants_a_token_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: object) -> None:
+        raise AuthenticationError("Token authentication is enabled, but no token was found")
+
+    monkeypatch.setattr(ray_cluster.ray, "init", init)
+    with (
+        pytest.raises(UsageError, match=r"the cluster wants a token .* give the one in ~/.ray/auth_token of its head"),
+        ray_cluster.ray_cluster("auto", threads=1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_where_something_else_listens_is_no_cluster(greeting: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(greeting)
+                    connection.recv(1024)
+                    time.sleep(1.0 if not greeting else 0.0)
+
+        threading.Thread(target=greet, daemon=True).start()
+        with pytest.raises(UsageError, match=r"no Ray cluster answers .* \((timed out|something else listens)\); give"):
+            ray_cluster.check_address(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_ray_clients_addresses_are_refused_with_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"ray://head:10001 is Ray Client's, .* run the command on the head"):
+        ray_cluster.check_address("ray://head:10001")
+
+
 def can_hide_folders() -> bool:
     """Whether a process can be given a view of the file system of its own."""
     tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
     return tried.returncode == 0
 
 
+needs_mount_namespaces = pytest.mark.skipif(
+    sys.platform != "linux" or not can_hide_folders(), reason="mount namespaces need root on Linux"
+)
+
+
+@contextlib.contextmanager
+def host_that_does_not_see(folder: Path, cluster: Cluster, log: Path) -> Iterator[None]:
+    """Another host of the cluster, once it has joined; what others write to the folder it does not see."""
+    start = (
+        f"mount -t tmpfs none {folder} && exec {sys.executable} -m ray.scripts.scripts start --block "
+        f"--num-cpus 1 --address {cluster.address} --disable-usage-stats"
+    )
+    hosts = len(cluster.global_state._live_node_ids())
+    with log.open("wb") as output:
+        host = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", start], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while len(cluster.global_state._live_node_ids()) == hosts:
+            assert host.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        os.killpg(host.pid, 15)
+        host.wait(timeout=60)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or not can_hide_folders(), reason="mount namespaces need root on Linux")
+@needs_mount_namespaces
 def test_a_results_folder_that_another_host_does_not_see_is_refused_before_training(
     cluster: Cluster, tmp_path: Path, command: CommandLine
 ) -> None:
     (tmp_path / "runs").mkdir()
-    start = (
-        f"mount -t tmpfs none {tmp_path}/runs && exec {sys.executable} -m ray.scripts.scripts start --block "
-        f"--num-cpus 1 --address {cluster.address} --disable-usage-stats"
-    )
-    with (tmp_path / "host").open("wb") as log:
-        host = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", start], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while len(cluster.global_state._live_node_ids()) < 2:
-            assert host.poll() is None, (tmp_path / "host").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "host").read_text()
-            time.sleep(0.1)
+    with host_that_does_not_see(tmp_path / "runs", cluster, tmp_path / "host"):
         done = command("orchestrator.train", *ARGUMENTS, "--num-workers", "2", "--address", cluster.address)
-    finally:
-        os.killpg(host.pid, 15)
-        host.wait(timeout=60)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"--results-dir {tmp_path}/runs is not seen from" in done.stderr
     assert not (tmp_path / "runs" / "many").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@needs_mount_namespaces
+def test_a_host_that_joins_later_and_does_not_see_the_results_ends_the_search_with_the_fix(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(growth.VARIABLE, '{"CPU": 2}')
+    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=1000"))
+    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
+    arguments = ["slow.py", "--results-dir", "runs", "--max-concurrent", "2", "--address", cluster.address]
+    with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:
+        wait_for_epochs(root, 1, process, output)
+        with host_that_does_not_see(tmp_path / "runs", cluster, tmp_path / "host"):
+            assert process.wait(timeout=PATIENCE) == 1
+    said = output.read_text()
+    assert re.search(rf"error: {root} is not there on .*; give a --results-dir that all hosts share", said), said
+    assert "what has been recorded is safe" in said
