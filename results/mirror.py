@@ -36,6 +36,7 @@ ON_DEMAND = re.compile(r"predictions/|checkpoints/|tensorboard/|ensembles/[^/]+/
 NOT_SENT = re.compile(r"predictions/|checkpoints/|driver\.lock$|generation$|lease\.json|study\.journal\.|(.*/)?\.")
 EVENTS_SECONDS = 2.0
 TABLES_SECONDS = 15.0
+SECONDS_UNTIL_SAID = 20.0
 THREADS = 16
 SETTLED_SECONDS = 2.0
 SEGMENT_BYTES = 65_536
@@ -214,7 +215,8 @@ class Mirror:
         self._superfluous[trial_id] = is_superfluous
 
     def _run(self) -> None:
-        tables_at = time.monotonic() + TABLES_SECONDS
+        sent_at = time.monotonic()
+        tables_at, said = sent_at + TABLES_SECONDS, False
         while not self._closing.wait(EVENTS_SECONDS):
             due = time.monotonic() >= tables_at
             try:
@@ -222,8 +224,12 @@ class Mirror:
             except ExperimentLocked as error:
                 self._taken_over = error
                 return
-            except (OSError, Refused):  # the store does not answer, or a file has been replaced meanwhile
+            except (OSError, Refused) as error:  # the store does not answer, or a file has been replaced meanwhile
+                if not said and time.monotonic() - sent_at > SECONDS_UNTIL_SAID:
+                    said = True
+                    warnings.warn(f"{error}; going on without it, and trying again", DataWarning, stacklevel=2)
                 continue
+            sent_at, said = time.monotonic(), False
             if due:
                 tables_at = time.monotonic() + TABLES_SECONDS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,27 @@ def test_an_outage_in_mid_search_loses_nothing_and_recording_does_not_wait(resul
     assert len(in_outage[0]) < len(here)
     assert log_in(stored(results), experiment.root / ".log") == here
     assert len(Experiment.open(results, "sim").trials()) == 8
+
+
+def test_a_store_that_does_not_answer_for_a_while_is_said_once(
+    results: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "SECONDS_UNTIL_SAID", 0.2)
+    with (
+        Gate(port) as gate,
+        warnings.catch_warnings(record=True) as said,
+        new_experiment(through(gate, results)).driving(),
+    ):
+        warnings.simplefilter("always")
+        gate.is_shut = True
+        eventually(lambda: said)
+        refused = gate.num_refused
+        eventually(lambda: gate.num_refused > refused + 3)
+        gate.is_shut = False
+    (warning,) = said
+    assert warning.category is DataWarning
+    assert "does not answer" in str(warning.message)
+    assert "going on without it, and trying again" in str(warning.message)
 
 
 def test_workers_wait_for_a_store_that_does_not_answer(results: str, port: int) -> None:
