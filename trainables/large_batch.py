@@ -6,7 +6,6 @@ in the background, and at the end what is predicted. The driver learns of an epo
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import platform
@@ -25,6 +24,7 @@ import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from results.files import DISK_FULL
 from results.objects import Unreachable
 from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
@@ -38,7 +38,6 @@ from trainables.parallel import Agreement, Paused, Ranks
 from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial, serialized
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SECONDS_BETWEEN_MESSAGES = 0.5
 STOP = threading.Event()
 """Set when this worker's process is to stop: it got a SIGTERM, as on preempted machines, or the driver wants it."""

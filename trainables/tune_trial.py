@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import platform
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from ray import tune
 
+from results.files import DISK_FULL
 from results.objects import Refused, Unreachable
 from results.schema import EpochResult, UsageError
 from results.store import TrialFiles
@@ -21,8 +21,6 @@ from trainables.learner import Learner
 from trainables.loop import TrainState
 from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def worker_environment(*, threads: int) -> dict[str, str]:
