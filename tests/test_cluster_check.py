@@ -172,6 +172,18 @@ def test_without_boto3_the_rest_is_checked_and_one_line_says_so(
     assert any("placeholder" in finding.message for finding in findings)
 
 
+def test_the_users_own_aws_configuration_is_never_read(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".aws").mkdir()
+    for name in ("config", "credentials"):
+        (tmp_path / ".aws" / name).write_text("this is no [section\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"), timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_command_prints_file_and_line_and_exits_by_severity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
