@@ -20,6 +20,7 @@ from orchestrator.cluster_check import check, versions
 from orchestrator.cluster_check.document import Finding
 from tests.cluster_edits import Edit, replaced, top_level
 from tests.cluster_mistakes import KUBERAY_MISTAKES, LOCAL_MISTAKES, MISTAKES
+from tests.cluster_variants import KUBERAY_VARIANTS, VARIANTS
 from tests.conftest import ROOT, CommandLine
 from tests.node_type_mistakes import NODE_TYPE_MISTAKES
 
@@ -37,6 +38,13 @@ ALL_MISTAKES = [
         ("kuberay", KUBERAY, KUBERAY_MISTAKES),
     )
     for name, mistake in table.items()
+]
+
+
+ALL_VARIANTS = [
+    pytest.param(base, edit, id=f"{kind}: {name}")
+    for kind, base, table in (("aws", AWS, VARIANTS), ("kuberay", KUBERAY, KUBERAY_VARIANTS))
+    for name, edit in table.items()
 ]
 
 
@@ -71,6 +79,14 @@ def test_a_mistake_is_named_on_its_line(
     assert about_it, f"not found: {sentence}\n" + "\n".join(map(str, findings))
     assert (line(text), severity) in [(finding.line, finding.severity) for finding in about_it]
     assert not any(sentence in finding.message for finding in findings_in(tmp_path, base))
+
+
+@pytest.mark.parametrize(("base", "edit"), ALL_VARIANTS)
+def test_what_is_written_in_another_way_is_no_mistake(base: str, edit: Edit, tmp_path: Path) -> None:
+    text = edit(base)
+    assert text != base
+    known = {finding.message for finding in findings_in(tmp_path, base)}
+    assert [finding for finding in findings_in(tmp_path, text) if finding.message not in known] == []
 
 
 def test_a_file_named_like_a_secret_is_none(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.cluster_check import (
+    authentication,
     commands,
     document,
     files,
@@ -15,6 +16,7 @@ from orchestrator.cluster_check import (
     node_types,
     provider,
     ray_schema,
+    ray_start,
     versions,
 )
 from orchestrator.cluster_check.document import Document, Finding
@@ -82,6 +84,8 @@ def _rules(one: Document, folder: Path, project: versions.Versions) -> Iterator[
         yield from provider.local_findings(one)
     yield from node_types.open_port_findings(one)
     yield from commands.command_findings(one)
+    yield from ray_start.start_findings(one)
+    yield from authentication.authentication_findings(one)
     yield from versions.version_findings(one, project)
     yield from versions.docker_findings(one, project)
     yield from files.file_findings(one, folder)

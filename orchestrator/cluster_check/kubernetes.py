@@ -13,6 +13,7 @@ from orchestrator.cluster_check.document import Document, Finding, Place, did_yo
 from orchestrator.cluster_check.versions import Versions
 from orchestrator.growth import VARIABLE
 
+NAMED_AFTER_RAY = re.compile(r"\bray\b")
 KINDS = ("RayCluster", "RayJob", "RayService")
 
 
@@ -61,9 +62,11 @@ def _images(document: Document, group: Place, project: Versions) -> Iterator[Fin
     containers = (*group, "template", "spec", "containers")
     if not document.sequence(*containers):
         yield document.error(group, "the group has no containers in its template; add one with an image")
-    for position in range(len(document.sequence(*containers))):
+    for position in range(len(document.sequence(*containers))):  # KubeRay starts Ray in the first one
         place = (*containers, position, "image")
-        yield from versions.image_findings(document.line(*place), str(document.at(*place)), project)
+        image = str(document.at(*place))
+        if position == 0 or NAMED_AFTER_RAY.search(image):
+            yield from versions.image_findings(document.line(*place), image, project)
 
 
 def _replicas(document: Document, group: Place) -> Iterator[Finding]:
@@ -80,21 +83,31 @@ def _growth(document: Document, head: Place, groups: list[Place]) -> Iterator[Fi
     for group in groups:
         for name, amount in _resources(document, group).items():
             most[name] += math.floor((document.number(*group, "maxReplicas") or 0) * amount)
-    wanted = json.dumps({name: most[name] for name in ("CPU", "GPU") if most[name]})
+    wanted = {name: most[name] for name in ("CPU", "GPU") if most[name]}
     place = (*head, "template", "spec", "containers", 0, "env")
     for position, variable in enumerate(document.sequence(*place)):
         if isinstance(variable, dict) and variable.get("name") == VARIABLE:
-            if variable.get("value") != wanted:
-                yield document.error(
-                    (*place, position, "value"),
-                    f"{VARIABLE} is {variable.get('value')}, but the worker groups grow to {wanted}; write that",
-                )
+            yield from _declared(document, (*place, position, "value"), wanted)
             return
     yield document.error(
         head,
         f"a search cannot know what the cluster grows to and refuses what there is no room for yet; add "
-        f"{{name: {VARIABLE}, value: '{wanted}'}} to env of the head's container",
+        f"{{name: {VARIABLE}, value: '{json.dumps(wanted)}'}} to env of the head's container",
     )
+
+
+def _declared(document: Document, place: Place, wanted: dict[str, int]) -> Iterator[Finding]:
+    given = document.at(*place)
+    try:
+        amounts = json.loads(given) if isinstance(given, str) else None
+    except (ValueError, RecursionError):
+        amounts = None
+    if not isinstance(amounts, dict):
+        yield document.error(place, f"{VARIABLE} is {given}, which is no JSON of amounts; write '{json.dumps(wanted)}'")
+    elif {name: amounts[name] for name in ("CPU", "GPU") if amounts.get(name)} != wanted:
+        yield document.error(
+            place, f"{VARIABLE} is {given}, but the worker groups grow to {json.dumps(wanted)}; write that"
+        )
 
 
 def _resources(document: Document, group: Place) -> dict[str, float]:

@@ -1,0 +1,44 @@
+"""Cluster files that differ from the shipped ones and are as good: the check must find nothing new in them."""
+
+from __future__ import annotations
+
+from tests.cluster_edits import Edit, replaced
+
+SCALING = "--autoscaling-config=~/ray_bootstrap_config.yaml"
+ASKS = "grep -q RAY_AUTH_MODE ~/.bashrc || echo 'export RAY_AUTH_MODE=token' >> ~/.bashrc"
+LIMITS = 'requests: {cpu: "4", memory: 16Gi}\n'
+
+
+def everywhere(old: str, new: str) -> Edit:
+    return lambda text: text.replace(old, new)
+
+
+VARIANTS: dict[str, Edit] = {
+    "scaling after a space": replaced(SCALING, SCALING.replace("=", " ")),
+    "scaling in $HOME": replaced(SCALING, SCALING.replace("~", "$HOME")),
+    "scaling in a path": replaced(SCALING, SCALING.replace("~", "/home/ubuntu")),
+    "head's address in braces": replaced("$RAY_HEAD_IP:6379", "${RAY_HEAD_IP}:6379"),
+    "head's address in double quotes": replaced("--address=$RAY_HEAD_IP:6379", '--address="$RAY_HEAD_IP:6379"'),
+    "another shell": replaced(
+        "ray start --address=$RAY_HEAD_IP:6379", "bash -c 'ray start --address=$RAY_HEAD_IP:6379'"
+    ),
+    "ray of the environment": everywhere("- ray stop\n", "- ~/venv/bin/ray stop\n"),
+    "path before ray stop": everywhere("- ray stop\n", "- export PATH=$HOME/venv/bin:$PATH; ray stop\n"),
+    "all in one command": lambda text: text.replace("  - ray stop\n", "").replace("- ulimit", "- ray stop; ulimit"),
+    "another port": everywhere("6379", "6400"),
+    "token in quotes": replaced("'export RAY_AUTH_MODE=token'", "'export RAY_AUTH_MODE=\"token\"'"),
+    "token for every process": replaced(ASKS, "echo RAY_AUTH_MODE=token | sudo tee /etc/environment"),
+    "token on starting": lambda text: text.replace(f"  - {ASKS}\n", "").replace(
+        "ray start", "RAY_AUTH_MODE=token ray start"
+    ),
+    "token on head and workers apart": lambda text: (
+        text.replace(f"  - {ASKS}\n", "")
+        .replace("head_setup_commands: []", f"head_setup_commands:\n  - {ASKS}")
+        .replace("worker_setup_commands: []", f"worker_setup_commands:\n  - {ASKS}")
+    ),
+}
+KUBERAY_VARIANTS: dict[str, Edit] = {
+    "growth in another order": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"GPU":16,"CPU":122}'"""),
+    "growth in fractions": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"CPU": 122.0, "GPU": 16.0}'"""),
+    "container beside Ray's": replaced(LIMITS, LIMITS + "          - {name: logs, image: 'fluent/fluent-bit:3.1.4'}\n"),
+}
