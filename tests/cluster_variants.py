@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.cluster_edits import Edit, replaced
 
 SCALING = "--autoscaling-config=~/ray_bootstrap_config.yaml"
@@ -36,6 +38,16 @@ VARIANTS: dict[str, Edit] = {
         .replace("head_setup_commands: []", f"head_setup_commands:\n  - {ASKS}")
         .replace("worker_setup_commands: []", f"worker_setup_commands:\n  - {ASKS}")
     ),
+    "region that leads another": everywhere("us-west-2", "eu-west-1"),
+    "local zone": replaced("us-west-2a,us-west-2b,us-west-2c", "us-west-2-lax-1a"),
+    "image and machines for ARM": lambda text: re.sub(
+        r"InstanceType: [gp]\S+", "InstanceType: g5g.metal", text.replace("x86_64", "arm64").replace("m6i", "m6g")
+    ),
+    "profile by its ARN": replaced(
+        "{Name: hyperparameter-ensembles-head}", "{Arn: 'arn:aws:iam::123456789012:instance-profile/head'}"
+    ),
+    "highest price": replaced("SpotInstanceType: one-time", 'SpotInstanceType: one-time, MaxPrice: "0.45"'),
+    "subnets": everywhere("      MetadataOptions:", "      SubnetIds: [subnet-0a1b2c3d]\n      MetadataOptions:"),
 }
 KUBERAY_VARIANTS: dict[str, Edit] = {
     "growth in another order": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"GPU":16,"CPU":122}'"""),

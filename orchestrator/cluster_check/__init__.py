@@ -10,8 +10,10 @@ from orchestrator.cluster_check import (
     commands,
     document,
     files,
+    firewall,
     instances,
     kubernetes,
+    launch,
     node_config,
     node_types,
     provider,
@@ -78,11 +80,12 @@ def _rules(one: Document, folder: Path, project: versions.Versions) -> Iterator[
         yield from provider.aws_findings(one)
         yield from provider.idle_findings(one)
         yield from node_types.node_type_findings(one)
+        yield from launch.launch_findings(one)
         yield from instances.resource_findings(one)
         yield from node_config.node_config_findings(one)
     elif one.at("provider", "type") == "local":
         yield from provider.local_findings(one)
-    yield from node_types.open_port_findings(one)
+    yield from firewall.open_port_findings(one)
     yield from commands.command_findings(one)
     yield from ray_start.start_findings(one)
     yield from authentication.authentication_findings(one)

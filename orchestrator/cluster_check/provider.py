@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from orchestrator.cluster_check import node_config
@@ -10,6 +11,7 @@ from orchestrator.cluster_check.document import Document, Finding, did_you_mean
 CHECKED = ("aws", "local")
 KNOWN = (*CHECKED, "azure", "gcp", "vsphere", "aliyun", "external")
 BOOT_MINUTES = 10  # the machine, its driver and several GB of wheels
+ZONE = re.compile(r"[a-f]|(?:-[a-z0-9]+)+-\d[a-f]|(?:-[a-z0-9]+)+-wlz-\d")  # of a region, local, of a carrier
 NOT_FOR_LOCAL = ("available_node_types", "head_node_type", "head_node", "worker_nodes")
 
 
@@ -45,12 +47,14 @@ def aws_findings(document: Document) -> Iterator[Finding]:
         return
     if node_config.has_botocore() and region not in (regions := node_config.known_regions()):
         yield document.error(("provider", "region"), f"AWS has no region {region}{did_you_mean(region, regions)}")
-    for zone in document.text_at("provider", "availability_zone").split(","):
-        if zone.strip() and not (zone.strip().startswith(region) and zone.strip() != region):
-            yield document.error(
-                ("provider", "availability_zone"),
-                f"availability zone {zone.strip()} is not in region {region}; write {region}a, for instance",
-            )
+    for zone in map(str.strip, document.text_at("provider", "availability_zone").split(",")):
+        place = ("provider", "availability_zone")
+        if zone and not zone.startswith(region):
+            message = f"availability zone {zone} is not in region {region}; write {region}a, for instance"
+            yield document.error(place, message)
+        elif zone and not ZONE.fullmatch(zone.removeprefix(region)):
+            message = f"AWS has no zone {zone}, since letters go from a to f; write {region}a, for instance"
+            yield document.error(place, message)
 
 
 def local_findings(document: Document) -> Iterator[Finding]:
