@@ -16,8 +16,6 @@ OPEN_PORT = (
     "region: us-west-2\n  security_group: {GroupName: mine, IpPermissions: [{FromPort: 8265, ToPort: 8265, "
     "IpProtocol: tcp, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}"
 )
-AUTH = "RAY_AUTH_MODE=token"
-ONE_COMMAND = f"export {AUTH}"
 MISTAKES: dict[str, Mistake] = {
     "tab": (replaced("  type: aws", "\ttype: aws"), first_line_with("type: aws"), "error", "a tab"),
     "bracket left open": (
@@ -161,68 +159,6 @@ MISTAKES: dict[str, Mistake] = {
         "warning",
         "limit of open files",
     ),
-    "no Ray on the head": (
-        lambda text: without_block("head_start_ray_commands")(text) + "\nhead_start_ray_commands: []\n",
-        top_level("head_start_ray_commands"),
-        "error",
-        "head_start_ray_commands is empty",
-    ),
-    "no Ray on workers": (
-        lambda text: without_block("worker_start_ray_commands")(text) + "\nworker_start_ray_commands: []\n",
-        top_level("worker_start_ray_commands"),
-        "error",
-        "worker_start_ray_commands is empty",
-    ),
-    "head that never comes back": (
-        replaced("ray start --head", "ray start --head --block"),
-        first_line_with("--block"),
-        "error",
-        "ray start --block never returns",
-    ),
-    "worker that never comes back": (
-        replaced("ray start --address", "ray start --block --address"),
-        first_line_with("--block"),
-        "error",
-        "ray start --block never returns",
-    ),
-    "workers without the head's port": (
-        replaced("$RAY_HEAD_IP:6379", "$RAY_HEAD_IP"),
-        first_line_with("$RAY_HEAD_IP"),
-        "error",
-        "write $RAY_HEAD_IP:6379",
-    ),
-    "head's address in single quotes": (
-        replaced("$RAY_HEAD_IP:6379", "'$RAY_HEAD_IP:6379'"),
-        first_line_with("$RAY_HEAD_IP"),
-        "error",
-        "$RAY_HEAD_IP stands in single quotes",
-    ),
-    "token misspelt": (
-        replaced("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=tokens"),
-        first_line_with("=tokens"),
-        "error",
-        "RAY_AUTH_MODE is tokens, so whoever reaches a port runs code",
-    ),
-    "token not exported": (
-        replaced("export RAY_AUTH_MODE", "RAY_AUTH_MODE"),
-        first_line_with("RAY_AUTH_MODE"),
-        "error",
-        "RAY_AUTH_MODE is set without export",
-    ),
-    "token for one command": (
-        replaced("grep -q RAY_AUTH_MODE ~/.bashrc || echo 'export RAY_AUTH_MODE=token' >> ~/.bashrc", ONE_COMMAND),
-        first_line_with("RAY_AUTH_MODE"),
-        "error",
-        "RAY_AUTH_MODE is set for this command alone",
-    ),
-    "token for the head alone": (
-        lambda text: replaced("head_setup_commands: []", f"head_setup_commands: [echo 'export {AUTH}' >> ~/.bashrc]")(
-            without("RAY_AUTH_MODE")(text)
-        ),
-        first_line_with("RAY_AUTH_MODE"),
-        "error",
-        "workers ask for no token",
-    ),
     "commands as text": (
         replaced("worker_setup_commands: []", "worker_setup_commands: nvidia-smi"),
         top_level("worker_setup_commands"),
@@ -318,6 +254,18 @@ LOCAL_MISTAKES: dict[str, Mistake] = {
         "head_node_type is not for provider local",
     ),
     "nobody to log in as": (without("ssh_user"), top_level("auth"), "error", "no ssh_user"),
+    "results at home": (
+        replaced("RESULTS_DIR=/mnt/shared/runs", "RESULTS_DIR=~/runs"),
+        first_line_with("RESULTS_DIR=~"),
+        "warning",
+        "results go to ~/runs on each node's own disk",
+    ),
+    "results in a folder that is emptied": (
+        replaced("RESULTS_DIR=/mnt/shared/runs", "RESULTS_DIR=/tmp/runs"),
+        first_line_with("RESULTS_DIR=/tmp"),
+        "error",
+        "results go to /tmp/runs on each node's own disk",
+    ),
     "start left to Ray": (
         without_block("head_start_ray_commands"),
         first_key,

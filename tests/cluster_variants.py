@@ -48,6 +48,22 @@ VARIANTS: dict[str, Edit] = {
     ),
     "highest price": replaced("SpotInstanceType: one-time", 'SpotInstanceType: one-time, MaxPrice: "0.45"'),
     "subnets": everywhere("      MetadataOptions:", "      SubnetIds: [subnet-0a1b2c3d]\n      MetadataOptions:"),
+    "bucket with dots and folders": replaced("s3://YOUR-BUCKET/runs", "s3://team-vision.eu/experiments/2026"),
+    "results at Google": replaced("s3://YOUR-BUCKET/runs", "gs://team_vision/runs"),
+    "results on a mounted disk": lambda text: text.replace("s3://YOUR-BUCKET/runs", "/mnt/efs/runs").replace(
+        "worker_setup_commands: []", "worker_setup_commands: [sudo mount -t nfs4 fs-1:/ /mnt/efs]"
+    ),
+    "project from git": lambda text: text.replace("  ~/project: .", "  ~/notes: .").replace(
+        "setup_commands:\n", "setup_commands:\n  - test -e ~/project || git clone https://github.com/a/b ~/project\n", 1
+    ),
+    "project in $HOME": replaced("cd ~/project", "cd $HOME/project"),
+    "project in a path": replaced("  ~/project: .", "  /home/ubuntu/project: ."),
+    "boto3 by itself": lambda text: text.replace("-e '.[aws]'", "-e .").replace(
+        "head_setup_commands: []", "head_setup_commands: ['~/venv/bin/pip install -c constraints.txt boto3']"
+    ),
+    "key from the environment": replaced(
+        "head_setup_commands: []", "head_setup_commands: ['wandb login $(aws ssm get-parameter --name key)']"
+    ),
 }
 KUBERAY_VARIANTS: dict[str, Edit] = {
     "growth in another order": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"GPU":16,"CPU":122}'"""),

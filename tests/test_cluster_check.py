@@ -21,6 +21,7 @@ from orchestrator.cluster_check.document import Finding
 from tests.cluster_edits import Edit, replaced, top_level
 from tests.cluster_mistakes import KUBERAY_MISTAKES, LOCAL_MISTAKES, MISTAKES
 from tests.cluster_variants import KUBERAY_VARIANTS, VARIANTS
+from tests.command_mistakes import COMMAND_MISTAKES
 from tests.conftest import ROOT, CommandLine
 from tests.launch_mistakes import LAUNCH_MISTAKES
 from tests.node_type_mistakes import NODE_TYPE_MISTAKES
@@ -34,7 +35,7 @@ UNFILLED = re.compile(r"is still a placeholder|there is no ~/")  # each user's o
 ALL_MISTAKES = [
     pytest.param(base, *mistake, id=f"{kind}: {name}")
     for kind, base, table in (
-        ("aws", AWS, NODE_TYPE_MISTAKES | LAUNCH_MISTAKES | MISTAKES),
+        ("aws", AWS, NODE_TYPE_MISTAKES | LAUNCH_MISTAKES | COMMAND_MISTAKES | MISTAKES),
         ("local", LOCAL, LOCAL_MISTAKES),
         ("kuberay", KUBERAY, KUBERAY_MISTAKES),
     )

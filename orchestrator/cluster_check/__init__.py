@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.cluster_check import (
     authentication,
+    checkout,
     commands,
     document,
     files,
@@ -19,6 +20,7 @@ from orchestrator.cluster_check import (
     provider,
     ray_schema,
     ray_start,
+    results_place,
     versions,
 )
 from orchestrator.cluster_check.document import Document, Finding
@@ -89,6 +91,8 @@ def _rules(one: Document, folder: Path, project: versions.Versions) -> Iterator[
     yield from commands.command_findings(one)
     yield from ray_start.start_findings(one)
     yield from authentication.authentication_findings(one)
+    yield from checkout.checkout_findings(one)
+    yield from results_place.results_findings(one)
     yield from versions.version_findings(one, project)
     yield from versions.docker_findings(one, project)
     yield from files.file_findings(one, folder)
