@@ -6,6 +6,7 @@ from tests.cluster_edits import (
     Mistake,
     first_key,
     first_line_with,
+    in_type,
     replaced,
     top_level,
     without,
@@ -23,6 +24,24 @@ MISTAKES: dict[str, Mistake] = {
         first_line_with("cache_stopped_nodes: false"),
         "error",
         "not YAML",
+    ),
+    "alias in the wrong place": (
+        in_type("g5.spot", replaced("InstanceMarketOptions: *spot", "InstanceMarketOptions: *metadata_options")),
+        first_line_with("InstanceMarketOptions: *metadata_options"),
+        "error",
+        "HttpTokens is no setting of InstanceMarketOptions",
+    ),
+    "text for true or false": (
+        replaced("cache_stopped_nodes: false", 'cache_stopped_nodes: "false"'),
+        first_line_with("cache_stopped_nodes:"),
+        "error",
+        'provider.cache_stopped_nodes is the text "false", but wanted is true or false',
+    ),
+    "text for a number": (
+        replaced("max_workers: 10", 'max_workers: "10"'),
+        top_level("max_workers"),
+        "error",
+        'max_workers is the text "10", but wanted is a whole number',
     ),
     "key given twice": (
         replaced("auth:", "max_workers: 3\nauth:"),
@@ -287,6 +306,7 @@ KUBERAY_MISTAKES: dict[str, Mistake] = {
         "error",
         "Python 3.12 is not the 3.11",
     ),
+    "kind missing": (without("kind: RayCluster"), first_line_with("apiVersion"), "error", "the manifest has no kind"),
     "no token": (without("authOptions:"), top_level("spec"), "error", "authOptions: {mode: token}"),
     "minimum above maximum": (
         replaced("minReplicas: 0", "minReplicas: 9"),

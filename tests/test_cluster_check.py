@@ -83,6 +83,22 @@ def test_a_mistake_is_named_on_its_line(
     assert not any(sentence in finding.message for finding in findings_in(tmp_path, base))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_workers: 10", 'max_workers: "10"'),
+        ("idle_timeout_minutes: 20", "idle_timeout_minutes: 20m"),
+        ("cache_stopped_nodes: false", 'cache_stopped_nodes: "false"'),
+    ],
+)
+def test_what_is_of_another_type_is_not_said_to_be_missing_too(old: str, new: str, tmp_path: Path) -> None:
+    about_it = [
+        finding.message for finding in findings_in(tmp_path, replaced(old, new)(AWS)) if old[:10] in str(finding)
+    ]
+    assert len(about_it) == 1
+    assert "is the text" in about_it[0]
+
+
 @pytest.mark.parametrize(("base", "edit"), ALL_VARIANTS)
 def test_what_is_written_in_another_way_is_no_mistake(base: str, edit: Edit, tmp_path: Path) -> None:
     text = edit(base)

@@ -25,7 +25,9 @@ def is_manifest(document: Document) -> bool:
 def manifest_findings(document: Document, project: Versions) -> Iterator[Finding]:
     """What is to be said of one manifest."""
     kind = document.at("kind")
-    if document.text_at("apiVersion").startswith("ray.io/") and kind not in KINDS:
+    if kind is None:
+        yield document.error((), "the manifest has no kind; add one, such as kind: RayCluster")
+    elif document.text_at("apiVersion").startswith("ray.io/") and kind not in KINDS:
         yield document.error(("kind",), f"KubeRay has no kind {kind}{did_you_mean(kind, KINDS)}")
     for spec in _cluster_specs(document):
         yield from _cluster(document, spec, project)

@@ -94,8 +94,9 @@ def _head_is_named(document: Document, head: object, names: list[str]) -> Iterat
 
 def _counts(document: Document, types: list[NodeType]) -> Iterator[Finding]:
     most = document.number("max_workers")
-    if most is None:
+    if document.at("max_workers") is None:
         yield document.warning((), "max_workers is missing, and Ray then takes 2; say how many workers there may be")
+    if most is None:
         return
     least = sum(document.number(*node_type.place, "min_workers") or 0 for node_type in types)
     if least > most:

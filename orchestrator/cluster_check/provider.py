@@ -31,6 +31,8 @@ def provider_findings(document: Document) -> Iterator[Finding]:
 def idle_findings(document: Document) -> Iterator[Finding]:
     """Workers that leave before their work has come."""
     minutes = document.number("idle_timeout_minutes")
+    if minutes is None and document.at("idle_timeout_minutes") is not None:
+        return  # Ray's schema says what it must be
     if minutes is None or minutes < BOOT_MINUTES:
         given = "missing, and Ray then takes 5" if minutes is None else f"{minutes:g}"
         yield document.warning(
