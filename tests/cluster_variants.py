@@ -69,4 +69,16 @@ KUBERAY_VARIANTS: dict[str, Edit] = {
     "growth in another order": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"GPU":16,"CPU":122}'"""),
     "growth in fractions": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"CPU": 122.0, "GPU": 16.0}'"""),
     "container beside Ray's": replaced(LIMITS, LIMITS + "          - {name: logs, image: 'fluent/fluent-bit:3.1.4'}\n"),
+    "thousandths of a core": everywhere('cpu: "4", memory: 16Gi', "cpu: 4000m, memory: 16G"),
+    "secret of Kubernetes": replaced(
+        "env: [{", "env: [{name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hf, key: token}}}, {"
+    ),
+    "secret on a volume": replaced(
+        "          volumes: [", "          volumes: [{name: s, secret: {secretName: mine}}, "
+    ),
+    "results on a volume": lambda text: text.replace("mountPath: /dev/shm", "mountPath: /results").replace(
+        "s3://YOUR-BUCKET/runs", "/results/runs"
+    ),
+    "setting of a newer KubeRay": replaced("  rayVersion:", "  quotaPolicy: {}\n  rayVersion:"),
+    "another manifest": lambda text: text + "---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a}\n",
 }

@@ -19,11 +19,12 @@ from orchestrator import cluster
 from orchestrator.cluster_check import check, versions
 from orchestrator.cluster_check.document import Finding
 from tests.cluster_edits import Edit, replaced, top_level
-from tests.cluster_mistakes import KUBERAY_MISTAKES, LOCAL_MISTAKES, MISTAKES
+from tests.cluster_mistakes import LOCAL_MISTAKES, MISTAKES
 from tests.cluster_variants import KUBERAY_VARIANTS, VARIANTS
 from tests.command_mistakes import COMMAND_MISTAKES
 from tests.conftest import ROOT, CommandLine
 from tests.launch_mistakes import LAUNCH_MISTAKES
+from tests.manifest_mistakes import KUBERAY_MISTAKES
 from tests.node_type_mistakes import NODE_TYPE_MISTAKES
 
 AWS = (ROOT / "cluster.yaml").read_text()

@@ -63,6 +63,7 @@ def _checked(documents: list[Document], folder: Path, project: versions.Versions
             yield from kubernetes.manifest_findings(one, project)
         else:
             yield from _cluster_file(one, folder, project)
+    yield from kubernetes.between_findings(documents)
 
 
 def _cluster_file(one: Document, folder: Path, project: versions.Versions) -> Iterator[Finding]:

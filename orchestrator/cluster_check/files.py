@@ -18,9 +18,9 @@ SECRETS = {
 }
 CREDENTIALS = re.compile(r"(?:^|/)\.aws(?:/|$)")
 NAMED_SECRET = re.compile(
-    r"(?i)(?<![/\w.-])([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
+    r"(?i)(?<![/\w.-])(?!secret(?:KeyRef|Name|Ref)\b)([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
 )
-NOT_SECRET = re.compile(r"^(?:[$~/<]|YOUR|required$|optional$|https?://)")
+NOT_SECRET = re.compile(r"^(?:[$~/<{[]|YOUR|required$|optional$|https?://)")
 PLACEHOLDER = re.compile(
     r"YOUR-[A-Z-]*[A-Z]|(?:sg|ami|subnet|vpc)-0123456789abcdef0|\b(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d+"
 )

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from orchestrator.cluster_check import versions
+from orchestrator.cluster_check import manifest_values, results_place, versions
 from orchestrator.cluster_check.document import Document, Finding, Place, did_you_mean
 from orchestrator.cluster_check.versions import Versions
 from orchestrator.growth import VARIABLE
@@ -39,7 +39,65 @@ def _cluster_specs(document: Document) -> list[Place]:
     return [place for place in places if document.mapping(*place)]
 
 
+def between_findings(documents: list[Document]) -> Iterator[Finding]:
+    """What one manifest of a file says of another: jobs, of their cluster and of the disks it has."""
+    names = {document.text_at("metadata", "name") for document in documents if document.at("kind") == "RayCluster"}
+    mounts = {
+        str(text)
+        for document in documents
+        for spec in _cluster_specs(document)
+        for group in _groups(document, spec)
+        for text in _mounts(document, group)
+    }
+    for document in documents:
+        if document.at("kind") == "RayJob":
+            yield from _cluster_of_job(document, names)
+            yield from _results_of_job(document, mounts)
+
+
+def _mounts(document: Document, group: Place) -> Iterator[str]:
+    containers = (*group, "template", "spec", "containers")
+    for position in range(len(document.sequence(*containers))):
+        for mount in range(len(document.sequence(*containers, position, "volumeMounts"))):
+            yield document.text_at(*containers, position, "volumeMounts", mount, "mountPath")
+
+
+def _cluster_of_job(document: Document, names: set[str]) -> Iterator[Finding]:
+    place = ("spec", "clusterSelector", "ray.io/cluster")
+    name = document.text_at(*place)
+    if name and names and name not in names:
+        wanted = " or ".join(sorted(names))
+        yield document.error(place, f"the job waits for a cluster {name}, but the one here is {wanted}; write that")
+
+
+def _results_of_job(document: Document, mounts: set[str]) -> Iterator[Finding]:
+    place = ("spec", "entrypoint")
+    for given in results_place.places_in(document.text_at(*place)):
+        yield from results_place.uri_findings(document, place, given)
+        mounted = any(mount and f"{given}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts)
+        if not (results_place.is_objects(given) or given.startswith("$") or mounted):
+            yield document.error(
+                place, f"results go to {given} in each pod, where others cannot read them; write s3://BUCKET/PREFIX"
+            )
+
+
+def _groups(document: Document, spec: Place) -> list[Place]:
+    """The head's and the workers'."""
+    number = len(document.sequence(*spec, "workerGroupSpecs"))
+    return [(*spec, "headGroupSpec"), *((*spec, "workerGroupSpecs", i) for i in range(number))]
+
+
 def _cluster(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
+    head, *groups = _groups(document, spec)
+    misspelt = list(manifest_values.misspelt_findings(document, spec, [head, *groups]))
+    yield from misspelt
+    yield from manifest_values.value_findings(document, spec, head, groups)
+    yield from _cluster_wide(document, spec, project)
+    if not misspelt:  # else what is missing is there, under the other name
+        yield from _of_groups(document, spec, project)
+
+
+def _cluster_wide(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
     version = document.at(*spec, "rayVersion")
     if version != project.ray:
         place = (*spec, "rayVersion")
@@ -48,10 +106,12 @@ def _cluster(document: Document, spec: Place, project: Versions) -> Iterator[Fin
         yield document.error(
             spec, "no token is asked for, so whoever reaches a port runs code; add authOptions: {mode: token}"
         )
-    head = (*spec, "headGroupSpec")
+
+
+def _of_groups(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
+    head, *groups = _groups(document, spec)
     if str(document.at(*head, "rayStartParams", "num-cpus")) != "0":
         yield document.warning(head, 'the head would run trials beside the driver; add num-cpus: "0" to rayStartParams')
-    groups = [(*spec, "workerGroupSpecs", i) for i in range(len(document.sequence(*spec, "workerGroupSpecs")))]
     for group in [head, *groups]:
         yield from _images(document, group, project)
     for group in groups:
