@@ -254,6 +254,18 @@ LOCAL_MISTAKES: dict[str, Mistake] = {
         "error",
         "192.0.2.10 is listed twice",
     ),
+    "user in an address": (
+        replaced("192.0.2.12]", "ubuntu@192.0.2.12]"),
+        first_line_with("ubuntu@"),
+        "error",
+        "ubuntu@192.0.2.12 has a user in it",
+    ),
+    "port in an address": (
+        replaced("head_ip: 192.0.2.10", "head_ip: 192.0.2.10:2222"),
+        first_line_with(":2222"),
+        "error",
+        "192.0.2.10:2222 has a port in it",
+    ),
     "more workers than machines": (
         replaced("max_workers: 2", "max_workers: 3"),
         top_level("max_workers"),

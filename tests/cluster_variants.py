@@ -65,6 +65,12 @@ VARIANTS: dict[str, Edit] = {
         "head_setup_commands: []", "head_setup_commands: ['wandb login $(aws ssm get-parameter --name key)']"
     ),
 }
+LOCAL_VARIANTS: dict[str, Edit] = {
+    "names of machines": everywhere("192.0.2.1", "gpu"),
+    "addresses of IPv6": replaced("[192.0.2.11, 192.0.2.12]", "['fd00::11', 'fd00::12']"),
+    "results in S3": replaced("/mnt/shared/runs", "s3://cats/runs"),
+    "head that runs trials": replaced("--num-cpus=0 --num-gpus=0 ", ""),
+}
 KUBERAY_VARIANTS: dict[str, Edit] = {
     "growth in another order": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"GPU":16,"CPU":122}'"""),
     "growth in fractions": replaced("""'{"CPU": 122, "GPU": 16}'""", """'{"CPU": 122.0, "GPU": 16.0}'"""),

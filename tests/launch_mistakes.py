@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.cluster_edits import Mistake, first_line_with, in_type, line_in_type, replaced, without
 
-SPOT = "InstanceMarketOptions: &spot"
 HEADS_PROFILE = "{Name: hyperparameter-ensembles-head}"
 LAUNCH_MISTAKES: dict[str, Mistake] = {
     "worker without a machine": (
@@ -59,7 +58,12 @@ LAUNCH_MISTAKES: dict[str, Mistake] = {
         "error",
         "has 30 GB and fills up",
     ),
-    "market left out": (without("MarketType"), line_in_type("g6.spot", SPOT), "error", "of g6.spot lacks MarketType"),
+    "market left out": (
+        without("MarketType"),
+        line_in_type("g6.spot", "SpotOptions"),
+        "error",
+        "SpotOptions without MarketType",
+    ),
     "one-time that is stopped": (
         replaced("InstanceInterruptionBehavior: terminate", "InstanceInterruptionBehavior: stop"),
         first_line_with("InstanceInterruptionBehavior: stop"),

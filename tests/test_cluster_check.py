@@ -20,7 +20,7 @@ from orchestrator.cluster_check import check, versions
 from orchestrator.cluster_check.document import Finding
 from tests.cluster_edits import Edit, replaced, top_level
 from tests.cluster_mistakes import LOCAL_MISTAKES, MISTAKES
-from tests.cluster_variants import KUBERAY_VARIANTS, VARIANTS
+from tests.cluster_variants import KUBERAY_VARIANTS, LOCAL_VARIANTS, VARIANTS
 from tests.command_mistakes import COMMAND_MISTAKES
 from tests.conftest import ROOT, CommandLine
 from tests.launch_mistakes import LAUNCH_MISTAKES
@@ -46,7 +46,11 @@ ALL_MISTAKES = [
 
 ALL_VARIANTS = [
     pytest.param(base, edit, id=f"{kind}: {name}")
-    for kind, base, table in (("aws", AWS, VARIANTS), ("kuberay", KUBERAY, KUBERAY_VARIANTS))
+    for kind, base, table in (
+        ("aws", AWS, VARIANTS),
+        ("local", LOCAL, LOCAL_VARIANTS),
+        ("kuberay", KUBERAY, KUBERAY_VARIANTS),
+    )
     for name, edit in table.items()
 ]
 

@@ -23,6 +23,7 @@ ROOT_OF_UBUNTU = "/dev/sda1"
 def launch_findings(document: Document) -> Iterator[Finding]:
     """All that is to be said of it beyond EC2's own model."""
     yield from once_an_alias(types_of(document), _of_one)
+    yield from _images_for_arm(document)
     yield from _user(document)
 
 
@@ -52,10 +53,17 @@ def _machine(node_type: NodeType) -> Iterator[Finding]:
         yield document.error(
             place, f"{kind} has an ARM processor, and the image is for x86; take a type without the g after its number"
         )
-    elif kind and not is_arm(kind) and "arm64" in image:
-        yield document.error(
-            (*node_type.config, "ImageId"), f"the image is for ARM, and {kind} has an x86 processor; write x86_64"
-        )
+
+
+def _images_for_arm(document: Document) -> Iterator[Finding]:
+    """Each image once, however many types have it."""
+    said: set[str] = set()
+    for node_type in types_of(document):
+        image, kind = document.text_at(*node_type.config, "ImageId"), node_type.instance_type
+        if kind and not is_arm(kind) and "arm64" in image and image not in said:
+            said.add(image)
+            place = (*node_type.config, "ImageId")
+            yield document.error(place, f"the image is for ARM, and {kind} has an x86 processor; write x86_64")
 
 
 def _image(node_type: NodeType) -> Iterator[Finding]:
@@ -129,8 +137,10 @@ def _volume(node_type: NodeType, disk: Place) -> Iterator[Finding]:
 def _market(node_type: NodeType) -> Iterator[Finding]:
     document, options = node_type.document, (*node_type.config, "InstanceMarketOptions")
     given = document.mapping(*options)
-    if given and "MarketType" not in given:
-        yield document.error(options, f"InstanceMarketOptions of {node_type.name} lacks MarketType; add spot")
+    if "SpotOptions" in given and "MarketType" not in given:
+        yield document.error(
+            (*options, "SpotOptions"), "SpotOptions without MarketType; add MarketType: spot before it"
+        )
     spot = document.mapping(*options, "SpotOptions")
     if spot.get("SpotInstanceType") == "persistent":
         yield document.error(

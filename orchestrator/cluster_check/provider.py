@@ -74,6 +74,7 @@ def local_findings(document: Document) -> Iterator[Finding]:
     if not document.at("auth", "ssh_user"):
         yield document.error(("auth",), "auth has no ssh_user to log in as; add it")
     yield from _addresses(document)
+    yield from _reachable(document)
     yield from _number_of_workers(document)
 
 
@@ -85,6 +86,21 @@ def _addresses(document: Document) -> Iterator[Finding]:
                 ("provider", "worker_ips", position), f"{address} is listed twice, as head or worker; remove one"
             )
         seen.add(str(address))
+
+
+def _reachable(document: Document) -> Iterator[Finding]:
+    """Addresses alone: ssh's user and port are said elsewhere, and Ray would take them for a part of the name."""
+    workers = range(len(document.sequence("provider", "worker_ips")))
+    for step in [("head_ip",), ("external_head_ip",), *(("worker_ips", position) for position in workers)]:
+        address = document.text_at("provider", *step)
+        if "@" in address:
+            wanted = address.rpartition("@")[2]
+            message = f"{address} has a user in it, who is auth.ssh_user for all; write {wanted}"
+            yield document.error(("provider", *step), message)
+        elif address.count(":") == 1:  # more of them are an address of IPv6
+            wanted = address.partition(":")[0]
+            message = f"{address} has a port in it, and Ray uses ssh's; write {wanted}, and the port in ~/.ssh/config"
+            yield document.error(("provider", *step), message)
 
 
 def _number_of_workers(document: Document) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ def _folder(document: Document, place: Place, given: str, *, mounted: bool) -> I
     kind = document.at("provider", "type")
     message = f"results go to {given} on each node's own disk, where others cannot read them"
     if kind == "aws" and document.number("max_workers") != 0 and (own_disk or not mounted):
-        yield document.error(place, f"{message} and they end with it; write s3://BUCKET/PREFIX")
+        yield document.error(place, f"{message} and which goes with the node; write s3://BUCKET/PREFIX")
     elif kind == "local" and own_disk and document.sequence("provider", "worker_ips"):
         advice = "give a folder that all machines share, or s3://BUCKET/PREFIX"
         at_home = not given.startswith("/tmp/")  # homes may be shared
