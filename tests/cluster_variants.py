@@ -29,6 +29,9 @@ VARIANTS: dict[str, Edit] = {
     "all in one command": lambda text: text.replace("  - ray stop\n", "").replace("- ulimit", "- ray stop; ulimit"),
     "another port": everywhere("6379", "6400"),
     "token in quotes": replaced("'export RAY_AUTH_MODE=token'", "'export RAY_AUTH_MODE=\"token\"'"),
+    "token that is looked for": replaced(
+        f"  - {ASKS}\n", f"  - {ASKS}\n  - 'test \"$RAY_AUTH_MODE\" = token || echo restart'\n"
+    ),
     "token for every process": replaced(ASKS, "echo RAY_AUTH_MODE=token | sudo tee /etc/environment"),
     "token on starting": lambda text: text.replace(f"  - {ASKS}\n", "").replace(
         "ray start", "RAY_AUTH_MODE=token ray start"

@@ -17,6 +17,12 @@ KUBERAY_MISTAKES: dict[str, Mistake] = {
         "error",
         "Python 3.12 is not the 3.11",
     ),
+    "version of another API": (
+        replaced("apiVersion: ray.io/v1", "apiVersion: rayio/v1"),
+        first_line_with("apiVersion: rayio"),
+        "error",
+        "apiVersion is rayio/v1, of which there is no RayCluster",
+    ),
     "kind missing": (without("kind: RayCluster"), first_line_with("apiVersion"), "error", "the manifest has no kind"),
     "no token": (without("authOptions:"), top_level("spec"), "error", "authOptions: {mode: token}"),
     "minimum above maximum": (

@@ -9,7 +9,7 @@ from orchestrator.cluster_check.commands import all_commands
 from orchestrator.cluster_check.document import Document, Finding, Place
 
 TOKEN_FILE = ".ray/auth_token"
-MODE = re.compile(r"(?<!/)\bRAY_AUTH_MODE['\"]?\s*[=:]\s*['\"]?([^\s'\";&|]*)")
+MODE = re.compile(r"(?<![/${])\bRAY_AUTH_MODE['\"]?[=:]\s*['\"]?([^\s'\";&|]*)")
 COMMENT = re.compile(r"(?:^|\s)#.*")
 PROFILE = re.compile(r"\.(?:bashrc|profile|bash_profile|bash_login)\b")
 EXPORTED = re.compile(r"(?:\bexport\b|\bdeclare -x\b)[^;&|]*\bRAY_AUTH_MODE=")
@@ -38,7 +38,7 @@ def authentication_findings(document: Document) -> Iterator[Finding]:
 
 def _mode(document: Document, place: Place, command: str) -> Iterator[Finding]:
     for mode in MODE.findall(command):
-        if mode != "token":
+        if mode != "token" and not mode.startswith("$"):
             yield document.error(
                 place, f"RAY_AUTH_MODE is {mode or 'empty'}, so whoever reaches a port runs code; write token"
             )

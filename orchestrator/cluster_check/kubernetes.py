@@ -27,6 +27,9 @@ def manifest_findings(document: Document, project: Versions) -> Iterator[Finding
     kind = document.at("kind")
     if kind is None:
         yield document.error((), "the manifest has no kind; add one, such as kind: RayCluster")
+    elif kind in KINDS and not document.text_at("apiVersion").startswith("ray.io/"):
+        given = document.at("apiVersion")
+        yield document.error(("apiVersion",), f"apiVersion is {given}, of which there is no {kind}; write ray.io/v1")
     elif document.text_at("apiVersion").startswith("ray.io/") and kind not in KINDS:
         yield document.error(("kind",), f"KubeRay has no kind {kind}{did_you_mean(kind, KINDS)}")
     for spec in _cluster_specs(document):
