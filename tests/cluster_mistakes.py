@@ -6,6 +6,7 @@ from tests.cluster_edits import (
     Mistake,
     first_key,
     first_line_with,
+    in_type,
     replaced,
     top_level,
     without,
@@ -23,6 +24,24 @@ MISTAKES: dict[str, Mistake] = {
         first_line_with("cache_stopped_nodes: false"),
         "error",
         "not YAML",
+    ),
+    "alias in the wrong place": (
+        in_type("g5.spot", replaced("InstanceMarketOptions: *spot", "InstanceMarketOptions: *metadata_options")),
+        first_line_with("InstanceMarketOptions: *metadata_options"),
+        "error",
+        "HttpTokens is no setting of InstanceMarketOptions",
+    ),
+    "text for true or false": (
+        replaced("cache_stopped_nodes: false", 'cache_stopped_nodes: "false"'),
+        first_line_with("cache_stopped_nodes:"),
+        "error",
+        'provider.cache_stopped_nodes is the text "false", but wanted is true or false',
+    ),
+    "text for a number": (
+        replaced("max_workers: 10", 'max_workers: "10"'),
+        top_level("max_workers"),
+        "error",
+        'max_workers is the text "10", but wanted is a whole number',
     ),
     "key given twice": (
         replaced("auth:", "max_workers: 3\nauth:"),
@@ -235,6 +254,18 @@ LOCAL_MISTAKES: dict[str, Mistake] = {
         "error",
         "192.0.2.10 is listed twice",
     ),
+    "user in an address": (
+        replaced("192.0.2.12]", "ubuntu@192.0.2.12]"),
+        first_line_with("ubuntu@"),
+        "error",
+        "ubuntu@192.0.2.12 has a user in it",
+    ),
+    "port in an address": (
+        replaced("head_ip: 192.0.2.10", "head_ip: 192.0.2.10:2222"),
+        first_line_with(":2222"),
+        "error",
+        "192.0.2.10:2222 has a port in it",
+    ),
     "more workers than machines": (
         replaced("max_workers: 2", "max_workers: 3"),
         top_level("max_workers"),
@@ -254,44 +285,23 @@ LOCAL_MISTAKES: dict[str, Mistake] = {
         "head_node_type is not for provider local",
     ),
     "nobody to log in as": (without("ssh_user"), top_level("auth"), "error", "no ssh_user"),
-    "other Ray": (replaced("==2.60.0", "==2.61.0"), first_line_with("==2.61.0"), "error", "Ray 2.61.0 is not"),
-}
-KUBERAY_MISTAKES: dict[str, Mistake] = {
-    "other Ray": (
-        replaced('rayVersion: "2.60.0"', 'rayVersion: "2.59.0"'),
-        first_line_with("rayVersion"),
-        "error",
-        "rayVersion is 2.59.0, but constraints.txt has 2.60.0",
-    ),
-    "image of another Python": (
-        replaced("2.60.0-py311\n", "2.60.0-py312\n"),
-        first_line_with("image: &image"),
-        "error",
-        "Python 3.12 is not the 3.11",
-    ),
-    "no token": (without("authOptions:"), top_level("spec"), "error", "authOptions: {mode: token}"),
-    "minimum above maximum": (
-        replaced("minReplicas: 0", "minReplicas: 9"),
-        first_line_with("minReplicas: 9"),
-        "error",
-        "minReplicas 9 is above maxReplicas 8",
-    ),
-    "head that runs trials": (
-        replaced('{num-cpus: "0", num-gpus: "0"}', "{}"),
-        first_line_with("headGroupSpec"),
+    "results at home": (
+        replaced("RESULTS_DIR=/mnt/shared/runs", "RESULTS_DIR=~/runs"),
+        first_line_with("RESULTS_DIR=~"),
         "warning",
-        "the head would run trials",
+        "results go to ~/runs on each node's own disk",
     ),
-    "growth that is not told": (
-        without("HYPERPARAMETER_ENSEMBLES_MAX_RESOURCES"),
-        first_line_with("headGroupSpec"),
+    "results in a folder that is emptied": (
+        replaced("RESULTS_DIR=/mnt/shared/runs", "RESULTS_DIR=/tmp/runs"),
+        first_line_with("RESULTS_DIR=/tmp"),
         "error",
-        """value: '{"CPU": 122, "GPU": 16}'} to env""",
+        "results go to /tmp/runs on each node's own disk",
     ),
-    "growth that is no longer so": (
-        replaced("maxReplicas: 8", "maxReplicas: 4"),
-        first_line_with("HYPERPARAMETER_ENSEMBLES_MAX_RESOURCES"),
-        "error",
-        'but the worker groups grow to {"CPU": 106, "GPU": 12}; write that',
+    "start left to Ray": (
+        without_block("head_start_ray_commands"),
+        first_key,
+        "warning",
+        "head_start_ray_commands is missing",
     ),
+    "other Ray": (replaced("==2.60.0", "==2.61.0"), first_line_with("==2.61.0"), "error", "Ray 2.61.0 is not"),
 }

@@ -19,8 +19,12 @@ from orchestrator import cluster
 from orchestrator.cluster_check import check, versions
 from orchestrator.cluster_check.document import Finding
 from tests.cluster_edits import Edit, replaced, top_level
-from tests.cluster_mistakes import KUBERAY_MISTAKES, LOCAL_MISTAKES, MISTAKES
+from tests.cluster_mistakes import LOCAL_MISTAKES, MISTAKES
+from tests.cluster_variants import KUBERAY_VARIANTS, LOCAL_VARIANTS, VARIANTS
+from tests.command_mistakes import COMMAND_MISTAKES
 from tests.conftest import ROOT, CommandLine
+from tests.launch_mistakes import LAUNCH_MISTAKES
+from tests.manifest_mistakes import KUBERAY_MISTAKES
 from tests.node_type_mistakes import NODE_TYPE_MISTAKES
 
 AWS = (ROOT / "cluster.yaml").read_text()
@@ -32,11 +36,22 @@ UNFILLED = re.compile(r"is still a placeholder|there is no ~/")  # each user's o
 ALL_MISTAKES = [
     pytest.param(base, *mistake, id=f"{kind}: {name}")
     for kind, base, table in (
-        ("aws", AWS, NODE_TYPE_MISTAKES | MISTAKES),
+        ("aws", AWS, NODE_TYPE_MISTAKES | LAUNCH_MISTAKES | COMMAND_MISTAKES | MISTAKES),
         ("local", LOCAL, LOCAL_MISTAKES),
         ("kuberay", KUBERAY, KUBERAY_MISTAKES),
     )
     for name, mistake in table.items()
+]
+
+
+ALL_VARIANTS = [
+    pytest.param(base, edit, id=f"{kind}: {name}")
+    for kind, base, table in (
+        ("aws", AWS, VARIANTS),
+        ("local", LOCAL, LOCAL_VARIANTS),
+        ("kuberay", KUBERAY, KUBERAY_VARIANTS),
+    )
+    for name, edit in table.items()
 ]
 
 
@@ -71,6 +86,30 @@ def test_a_mistake_is_named_on_its_line(
     assert about_it, f"not found: {sentence}\n" + "\n".join(map(str, findings))
     assert (line(text), severity) in [(finding.line, finding.severity) for finding in about_it]
     assert not any(sentence in finding.message for finding in findings_in(tmp_path, base))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_workers: 10", 'max_workers: "10"'),
+        ("idle_timeout_minutes: 20", "idle_timeout_minutes: 20m"),
+        ("cache_stopped_nodes: false", 'cache_stopped_nodes: "false"'),
+    ],
+)
+def test_what_is_of_another_type_is_not_said_to_be_missing_too(old: str, new: str, tmp_path: Path) -> None:
+    about_it = [
+        finding.message for finding in findings_in(tmp_path, replaced(old, new)(AWS)) if old[:10] in str(finding)
+    ]
+    assert len(about_it) == 1
+    assert "is the text" in about_it[0]
+
+
+@pytest.mark.parametrize(("base", "edit"), ALL_VARIANTS)
+def test_what_is_written_in_another_way_is_no_mistake(base: str, edit: Edit, tmp_path: Path) -> None:
+    text = edit(base)
+    assert text != base
+    known = {finding.message for finding in findings_in(tmp_path, base)}
+    assert [finding for finding in findings_in(tmp_path, text) if finding.message not in known] == []
 
 
 def test_a_file_named_like_a_secret_is_none(tmp_path: Path) -> None:
@@ -170,6 +209,18 @@ def test_without_boto3_the_rest_is_checked_and_one_line_says_so(
     assert [finding.severity for finding in about_it] == ["warning"]
     assert "pip install -c constraints.txt -e '.[aws]'" in about_it[0].message
     assert any("placeholder" in finding.message for finding in findings)
+
+
+def test_the_users_own_aws_configuration_is_never_read(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".aws").mkdir()
+    for name in ("config", "credentials"):
+        (tmp_path / ".aws" / name).write_text("this is no [section\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"), timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_command_prints_file_and_line_and_exits_by_severity(

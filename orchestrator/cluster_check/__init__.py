@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.cluster_check import (
+    authentication,
+    checkout,
     commands,
     document,
     files,
+    firewall,
     instances,
     kubernetes,
+    launch,
     node_config,
     node_types,
     provider,
     ray_schema,
+    ray_start,
+    results_place,
     versions,
 )
 from orchestrator.cluster_check.document import Document, Finding
@@ -57,6 +63,7 @@ def _checked(documents: list[Document], folder: Path, project: versions.Versions
             yield from kubernetes.manifest_findings(one, project)
         else:
             yield from _cluster_file(one, folder, project)
+    yield from kubernetes.between_findings(documents)
 
 
 def _cluster_file(one: Document, folder: Path, project: versions.Versions) -> Iterator[Finding]:
@@ -76,12 +83,17 @@ def _rules(one: Document, folder: Path, project: versions.Versions) -> Iterator[
         yield from provider.aws_findings(one)
         yield from provider.idle_findings(one)
         yield from node_types.node_type_findings(one)
+        yield from launch.launch_findings(one)
         yield from instances.resource_findings(one)
         yield from node_config.node_config_findings(one)
     elif one.at("provider", "type") == "local":
         yield from provider.local_findings(one)
-    yield from node_types.open_port_findings(one)
+    yield from firewall.open_port_findings(one)
     yield from commands.command_findings(one)
+    yield from ray_start.start_findings(one)
+    yield from authentication.authentication_findings(one)
+    yield from checkout.checkout_findings(one)
+    yield from results_place.results_findings(one)
     yield from versions.version_findings(one, project)
     yield from versions.docker_findings(one, project)
     yield from files.file_findings(one, folder)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import yaml
@@ -65,14 +66,29 @@ class Document:
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def line(self, *place: Any) -> int:
-        """The line on which a part begins, or else the nearest part around it that exists."""
+        """The line on which a part begins, or else the nearest part around it that exists.
+
+        An alias whose anchor stands under another key is probably misplaced: then its own line, not the anchor's.
+        """
         node, line = self.root, _line(self.root)
         for step in place:
             found = _child(node, step)
             if found is None:
                 break
             node, line = found
+            if isinstance(step, str) and self._keys.get(id(node), step) != step:
+                break
         return line
+
+    @cached_property
+    def _keys(self) -> dict[int, str]:
+        """The key under which each part of a mapping first stands, by the identity of its node."""
+        first: dict[int, str] = {}
+        for node in _walk(self.root):
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    first.setdefault(id(value), str(key.value))
+        return first
 
     def error(self, place: Place, message: str) -> Finding:
         """A mistake that keeps the cluster from working, or from being safe."""

@@ -12,11 +12,15 @@ SECRETS = {
     re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"): "an AWS access key",
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"): "a private key",
     re.compile(r"(?i)aws_?secret_?access_?key['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9/+]{30,}"): "an AWS secret key",
+    re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})"): "a token of GitHub",
+    re.compile(r"\bhf_[A-Za-z0-9]{20,}"): "a token of Hugging Face",
+    re.compile(r"\bwandb login\b[^;&|]*\b[0-9a-f]{40}\b"): "a key of Weights & Biases",
 }
+CREDENTIALS = re.compile(r"(?:^|/)\.aws(?:/|$)")
 NAMED_SECRET = re.compile(
-    r"(?i)(?<![/\w.-])([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
+    r"(?i)(?<![/\w.-])(?!secret(?:KeyRef|Name|Ref)\b)([\w-]*(?:password|passwd|secret|token|api_?key)\w*)['\"]?\s*[:=]\s*['\"]?([^\s'\"#,}]{6,})"
 )
-NOT_SECRET = re.compile(r"^(?:[$~/<]|YOUR|required$|optional$|https?://)")
+NOT_SECRET = re.compile(r"^(?:[$~/<{[]|YOUR|required$|optional$|https?://)")
 PLACEHOLDER = re.compile(
     r"YOUR-[A-Z-]*[A-Z]|(?:sg|ami|subnet|vpc)-0123456789abcdef0|\b(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d+"
 )
@@ -26,6 +30,9 @@ GIT_PATTERNS = ("**/.git", "**/.git/**")  # as rsync reads it, and as Ray's own 
 def file_findings(document: Document, folder: Path) -> Iterator[Finding]:
     """Mounts whose source is missing. Paths are taken from the file's folder, where `ray up` is meant to run."""
     for target in document.mapping("file_mounts"):
+        if CREDENTIALS.search(target) or CREDENTIALS.search(document.text_at("file_mounts", target)):
+            message = "~/.aws gives every node the keys of your own account; remove it, IamInstanceProfile is enough"
+            yield document.error(("file_mounts", target), message)
         source = document.text_at("file_mounts", target)
         if source:
             yield from _source(document, ("file_mounts", target), source, folder)

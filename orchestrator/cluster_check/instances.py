@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from orchestrator.cluster_check.document import Document, Finding
+from orchestrator.cluster_check.document import Document, Finding, Place
 
 _FAMILIES_OF_ONE_PATTERN = ("g5", "g6", "g6e")
 _GPUS_BY_SIZE = {
@@ -50,6 +50,16 @@ def gpus_of(instance_type: str) -> int | None:
     return 0 if _FAMILIES_WITHOUT_GPU.match(instance_type) else None
 
 
+def is_arm(instance_type: str) -> bool:
+    """Whether its processor is AWS's own, Graviton: a g after the generation, as in m6g, c7gn and g5g."""
+    return re.match(r"^(?:[a-z]+\d+g|a1\.)", instance_type) is not None
+
+
+def lacks_cuda(instance_type: str) -> bool:
+    """Whether it is sold for its accelerator, which is AMD's, Intel's, Qualcomm's or AWS's own."""
+    return re.match(r"^(?:g4ad|inf\d|trn\d|dl\d)", instance_type) is not None
+
+
 def vcpus_of(instance_type: str) -> int | None:
     """How many vCPUs: 4 for xlarge, 4 n for n-xlarge; None for metal and the smaller sizes, which differ."""
     match = re.search(r"\.(\d*)xlarge$", instance_type)
@@ -67,9 +77,19 @@ def resource_findings(document: Document) -> Iterator[Finding]:
                 (*place, "resources", "GPU"),
                 f"{name} declares {declared:g} GPUs, but {instance_type} has {there}; write GPU: {there}",
             )
+        yield from _misspelt(document, (*place, "resources"))
         cpus, vcpus = document.number(*place, "resources", "CPU"), vcpus_of(instance_type)
         if cpus is not None and vcpus is not None and cpus > vcpus:
             yield document.error(
                 (*place, "resources", "CPU"),
                 f"{name} declares {cpus:g} CPUs, but {instance_type} has {vcpus} vCPUs; write CPU: {vcpus} or less",
+            )
+
+
+def _misspelt(document: Document, resources: Place) -> Iterator[Finding]:
+    for key in document.mapping(*resources):
+        meant = key.upper().removesuffix("S")
+        if meant in ("CPU", "GPU") and key != meant:
+            yield document.error(
+                (*resources, key), f"{key} is a resource of your own, not what Ray calls {meant}; write {meant}"
             )

@@ -8,11 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from orchestrator.cluster_check import versions
+from orchestrator.cluster_check import manifest_values, results_place, versions
 from orchestrator.cluster_check.document import Document, Finding, Place, did_you_mean
 from orchestrator.cluster_check.versions import Versions
 from orchestrator.growth import VARIABLE
 
+NAMED_AFTER_RAY = re.compile(r"\bray\b")
 KINDS = ("RayCluster", "RayJob", "RayService")
 
 
@@ -24,7 +25,12 @@ def is_manifest(document: Document) -> bool:
 def manifest_findings(document: Document, project: Versions) -> Iterator[Finding]:
     """What is to be said of one manifest."""
     kind = document.at("kind")
-    if document.text_at("apiVersion").startswith("ray.io/") and kind not in KINDS:
+    if kind is None:
+        yield document.error((), "the manifest has no kind; add one, such as kind: RayCluster")
+    elif kind in KINDS and not document.text_at("apiVersion").startswith("ray.io/"):
+        given = document.at("apiVersion")
+        yield document.error(("apiVersion",), f"apiVersion is {given}, of which there is no {kind}; write ray.io/v1")
+    elif document.text_at("apiVersion").startswith("ray.io/") and kind not in KINDS:
         yield document.error(("kind",), f"KubeRay has no kind {kind}{did_you_mean(kind, KINDS)}")
     for spec in _cluster_specs(document):
         yield from _cluster(document, spec, project)
@@ -36,7 +42,65 @@ def _cluster_specs(document: Document) -> list[Place]:
     return [place for place in places if document.mapping(*place)]
 
 
+def between_findings(documents: list[Document]) -> Iterator[Finding]:
+    """What one manifest of a file says of another: jobs, of their cluster and of the disks it has."""
+    names = {document.text_at("metadata", "name") for document in documents if document.at("kind") == "RayCluster"}
+    mounts = {
+        str(text)
+        for document in documents
+        for spec in _cluster_specs(document)
+        for group in _groups(document, spec)
+        for text in _mounts(document, group)
+    }
+    for document in documents:
+        if document.at("kind") == "RayJob":
+            yield from _cluster_of_job(document, names)
+            yield from _results_of_job(document, mounts)
+
+
+def _mounts(document: Document, group: Place) -> Iterator[str]:
+    containers = (*group, "template", "spec", "containers")
+    for position in range(len(document.sequence(*containers))):
+        for mount in range(len(document.sequence(*containers, position, "volumeMounts"))):
+            yield document.text_at(*containers, position, "volumeMounts", mount, "mountPath")
+
+
+def _cluster_of_job(document: Document, names: set[str]) -> Iterator[Finding]:
+    place = ("spec", "clusterSelector", "ray.io/cluster")
+    name = document.text_at(*place)
+    if name and names and name not in names:
+        wanted = " or ".join(sorted(names))
+        yield document.error(place, f"the job waits for a cluster {name}, but the one here is {wanted}; write that")
+
+
+def _results_of_job(document: Document, mounts: set[str]) -> Iterator[Finding]:
+    place = ("spec", "entrypoint")
+    for given in results_place.places_in(document.text_at(*place)):
+        yield from results_place.uri_findings(document, place, given)
+        mounted = any(mount and f"{given}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts)
+        if not (results_place.is_objects(given) or given.startswith("$") or mounted):
+            yield document.error(
+                place, f"results go to {given} in each pod, where others cannot read them; write s3://BUCKET/PREFIX"
+            )
+
+
+def _groups(document: Document, spec: Place) -> list[Place]:
+    """The head's and the workers'."""
+    number = len(document.sequence(*spec, "workerGroupSpecs"))
+    return [(*spec, "headGroupSpec"), *((*spec, "workerGroupSpecs", i) for i in range(number))]
+
+
 def _cluster(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
+    head, *groups = _groups(document, spec)
+    misspelt = list(manifest_values.misspelt_findings(document, spec, [head, *groups]))
+    yield from misspelt
+    yield from manifest_values.value_findings(document, spec, head, groups)
+    yield from _cluster_wide(document, spec, project)
+    if not misspelt:  # else what is missing is there, under the other name
+        yield from _of_groups(document, spec, project)
+
+
+def _cluster_wide(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
     version = document.at(*spec, "rayVersion")
     if version != project.ray:
         place = (*spec, "rayVersion")
@@ -45,10 +109,12 @@ def _cluster(document: Document, spec: Place, project: Versions) -> Iterator[Fin
         yield document.error(
             spec, "no token is asked for, so whoever reaches a port runs code; add authOptions: {mode: token}"
         )
-    head = (*spec, "headGroupSpec")
+
+
+def _of_groups(document: Document, spec: Place, project: Versions) -> Iterator[Finding]:
+    head, *groups = _groups(document, spec)
     if str(document.at(*head, "rayStartParams", "num-cpus")) != "0":
         yield document.warning(head, 'the head would run trials beside the driver; add num-cpus: "0" to rayStartParams')
-    groups = [(*spec, "workerGroupSpecs", i) for i in range(len(document.sequence(*spec, "workerGroupSpecs")))]
     for group in [head, *groups]:
         yield from _images(document, group, project)
     for group in groups:
@@ -61,9 +127,11 @@ def _images(document: Document, group: Place, project: Versions) -> Iterator[Fin
     containers = (*group, "template", "spec", "containers")
     if not document.sequence(*containers):
         yield document.error(group, "the group has no containers in its template; add one with an image")
-    for position in range(len(document.sequence(*containers))):
+    for position in range(len(document.sequence(*containers))):  # KubeRay starts Ray in the first one
         place = (*containers, position, "image")
-        yield from versions.image_findings(document.line(*place), str(document.at(*place)), project)
+        image = str(document.at(*place))
+        if position == 0 or NAMED_AFTER_RAY.search(image):
+            yield from versions.image_findings(document.line(*place), image, project)
 
 
 def _replicas(document: Document, group: Place) -> Iterator[Finding]:
@@ -80,21 +148,31 @@ def _growth(document: Document, head: Place, groups: list[Place]) -> Iterator[Fi
     for group in groups:
         for name, amount in _resources(document, group).items():
             most[name] += math.floor((document.number(*group, "maxReplicas") or 0) * amount)
-    wanted = json.dumps({name: most[name] for name in ("CPU", "GPU") if most[name]})
+    wanted = {name: most[name] for name in ("CPU", "GPU") if most[name]}
     place = (*head, "template", "spec", "containers", 0, "env")
     for position, variable in enumerate(document.sequence(*place)):
         if isinstance(variable, dict) and variable.get("name") == VARIABLE:
-            if variable.get("value") != wanted:
-                yield document.error(
-                    (*place, position, "value"),
-                    f"{VARIABLE} is {variable.get('value')}, but the worker groups grow to {wanted}; write that",
-                )
+            yield from _declared(document, (*place, position, "value"), wanted)
             return
     yield document.error(
         head,
         f"a search cannot know what the cluster grows to and refuses what there is no room for yet; add "
-        f"{{name: {VARIABLE}, value: '{wanted}'}} to env of the head's container",
+        f"{{name: {VARIABLE}, value: '{json.dumps(wanted)}'}} to env of the head's container",
     )
+
+
+def _declared(document: Document, place: Place, wanted: dict[str, int]) -> Iterator[Finding]:
+    given = document.at(*place)
+    try:
+        amounts = json.loads(given) if isinstance(given, str) else None
+    except (ValueError, RecursionError):
+        amounts = None
+    if not isinstance(amounts, dict):
+        yield document.error(place, f"{VARIABLE} is {given}, which is no JSON of amounts; write '{json.dumps(wanted)}'")
+    elif {name: amounts[name] for name in ("CPU", "GPU") if amounts.get(name)} != wanted:
+        yield document.error(
+            place, f"{VARIABLE} is {given}, but the worker groups grow to {json.dumps(wanted)}; write that"
+        )
 
 
 def _resources(document: Document, group: Place) -> dict[str, float]:

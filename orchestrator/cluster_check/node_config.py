@@ -24,19 +24,25 @@ def has_botocore() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _session() -> Any:
-    return importlib.import_module("botocore.session").Session()
+def _loader() -> Any:
+    """botocore's own data alone: a session would read the user's configuration, and fail where that is broken."""
+    loaders = importlib.import_module("botocore.loaders")
+    return loaders.Loader(
+        extra_search_paths=[loaders.Loader.BUILTIN_DATA_PATH],
+        include_default_search_paths=False,
+    )
 
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    return _session().get_service_model("ec2")
+    return importlib.import_module("botocore.model").ServiceModel(_loader().load_service_model("ec2", "service-2"))
 
 
 def known_regions() -> list[str]:
     """Regions that botocore knows EC2 in, of all partitions."""
-    partitions = _session().get_available_partitions()
-    return [region for name in partitions for region in _session().get_available_regions("ec2", name)]
+    endpoints = importlib.import_module("botocore.regions").EndpointResolver(_loader().load_data("endpoints"))
+    partitions = endpoints.get_available_partitions()
+    return [region for name in partitions for region in endpoints.get_available_endpoints("ec2", name)]
 
 
 def node_config_findings(document: Document) -> Iterator[Finding]:

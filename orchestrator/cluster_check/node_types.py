@@ -1,17 +1,12 @@
-"""The node types of an AWS cluster: how many, which is the head, what spot needs, image, disk, role and firewall."""
+"""The node types of an AWS cluster: how many, which is the head, what stands in for spot, who may write."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.cluster_check.document import Document, Finding, Place, did_you_mean
 from orchestrator.cluster_check.instances import gpus_of
-
-LEAST_DISK_GB = 150  # the image, the CUDA wheels and their cache take about 100
-IMAGE = re.compile(r"^(ami-([0-9a-f]{8}|[0-9a-f]{17})|resolve:ssm:[\w./-]+(:\w+)?)$")
-WHOLE_WORLD = ("0.0.0.0/0", "::/0")
 
 
 @dataclass(frozen=True)
@@ -52,31 +47,37 @@ class NodeType:
         return not self.has_template and not self.document.at(*self.config, key)
 
 
+def types_of(document: Document) -> list[NodeType]:
+    """All of a file, in its order."""
+    head = document.at("head_node_type")
+    return [NodeType(document, name, name == head) for name in document.mapping("available_node_types")]
+
+
 def node_type_findings(document: Document) -> Iterator[Finding]:
     """All that is to be said of the node types."""
-    head = document.at("head_node_type")
-    names = document.mapping("available_node_types")
-    types = [NodeType(document, name, name == head) for name in names]
-    yield from _head_is_named(document, head, list(names))
+    types = types_of(document)
+    yield from _head_is_named(document, document.at("head_node_type"), [node_type.name for node_type in types])
     yield from _counts(document, types)
     yield from _roles(document, types)
     yield from _images_are_one(document, types)
+    yield from once_an_alias(types, lambda node_type: _of_one(node_type, types))
+
+
+def once_an_alias(types: list[NodeType], rule: Callable[[NodeType], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a rule says of each type; once where an alias has brought the same part to several."""
     said: set[tuple[int, str]] = set()
     for node_type in types:
-        for finding in _of_one(node_type, types):
+        for finding in rule(node_type):
             nameless = (finding.line, finding.message.replace(node_type.name, ""))
-            if nameless not in said:  # else an alias has brought the same part here
+            if nameless not in said:
                 said.add(nameless)
                 yield finding
 
 
 def _of_one(node_type: NodeType, types: list[NodeType]) -> Iterator[Finding]:
     yield from _limits(node_type)
-    yield from _image(node_type)
-    yield from _disk(node_type)
-    yield from _firewall(node_type)
-    yield from _key(node_type)
     yield from _head(node_type) if node_type.is_head else _spot(node_type, types)
+    yield from _priorities(node_type, types)
 
 
 def _head_is_named(document: Document, head: object, names: list[str]) -> Iterator[Finding]:
@@ -93,8 +94,9 @@ def _head_is_named(document: Document, head: object, names: list[str]) -> Iterat
 
 def _counts(document: Document, types: list[NodeType]) -> Iterator[Finding]:
     most = document.number("max_workers")
-    if most is None:
+    if document.at("max_workers") is None:
         yield document.warning((), "max_workers is missing, and Ray then takes 2; say how many workers there may be")
+    if most is None:
         return
     least = sum(document.number(*node_type.place, "min_workers") or 0 for node_type in types)
     if least > most:
@@ -162,15 +164,27 @@ def _spot(node_type: NodeType, types: list[NodeType]) -> Iterator[Finding]:
             f"{node_type.name} is spot and no on-demand type has its {node_type.gpus:g} GPUs, so all waits for "
             "capacity; add one with a lower priority",
         )
-    if document.at(*options, "SpotOptions", "SpotInstanceType") == "persistent":
-        yield document.error(
-            options, "a persistent spot request starts an instance again that Ray has replaced; write one-time"
-        )
-    if document.at("provider", "cache_stopped_nodes") is not False:
+    kept = document.at("provider", "cache_stopped_nodes")
+    if kept is None or kept is True:
         yield document.error(
             ("provider", "cache_stopped_nodes"),
             f"{node_type.name} is spot, which cannot be kept; write cache_stopped_nodes: false (default: true)",
         )
+
+
+def _priorities(node_type: NodeType, types: list[NodeType]) -> Iterator[Finding]:
+    """On demand is for when spot has nothing left."""
+    document, place = node_type.document, (*node_type.place, "priority")
+    mine = document.number(*place)
+    same = [other for other in types if other.instance_type == node_type.instance_type and not other.is_head]
+    for other in same:
+        its = document.number(*other.place, "priority") or 0
+        if mine is not None and other.is_spot and not node_type.is_spot and mine > its:
+            yield document.warning(
+                place,
+                f"{node_type.name} is on demand with priority {mine:g}, above the {its:g} of {other.name}, the same on "
+                "spot, which is then taken last; lower it",
+            )
 
 
 def _may_start(node_type: NodeType) -> bool:
@@ -206,70 +220,3 @@ def _images_are_one(document: Document, types: list[NodeType]) -> Iterator[Findi
                     (*node_type.config, "ImageId"),
                     f"the image of {node_type.name} is not that of {next(iter(images.values()))}; use one for all",
                 )
-
-
-def _image(node_type: NodeType) -> Iterator[Finding]:
-    document, place = node_type.document, (*node_type.config, "ImageId")
-    image = document.at(*place)
-    if node_type.lacks("ImageId") or str(image).lower() == "latest_dlami":
-        yield document.error(
-            place,
-            f"{node_type.name} has no ImageId, and Ray then takes an Ubuntu 18.04 image of 2022; give ami-... or "
-            "resolve:ssm:PARAMETER",
-        )
-    elif isinstance(image, str) and not IMAGE.match(image):
-        yield document.error(
-            place, f"ImageId {image} of {node_type.name} is no image; wanted is ami-... or resolve:ssm:PARAMETER"
-        )
-
-
-def _disk(node_type: NodeType) -> Iterator[Finding]:
-    document, place = node_type.document, (*node_type.config, "BlockDeviceMappings")
-    if node_type.lacks("BlockDeviceMappings"):
-        yield document.error(
-            place,
-            f"{node_type.name} keeps the image's small root disk, which fills up; add one of {LEAST_DISK_GB} GB, gp3",
-        )
-    elif document.sequence(*place):
-        disk = (*place, 0, "Ebs")
-        size, kind = document.number(*disk, "VolumeSize"), document.at(*disk, "VolumeType")
-        if size is None or size < LEAST_DISK_GB:
-            given = "no size" if size is None else f"{size:g} GB"
-            yield document.error(
-                (*disk, "VolumeSize"),
-                f"the root disk of {node_type.name} has {given} and fills up; write VolumeSize: {LEAST_DISK_GB}",
-            )
-        if kind != "gp3":
-            yield document.warning(
-                (*disk, "VolumeType"),
-                f"the root disk of {node_type.name} is {kind or 'of the default type'}; write VolumeType: gp3",
-            )
-        if document.at(*disk, "DeleteOnTermination") is False:
-            yield document.warning(
-                (*disk, "DeleteOnTermination"), f"disks of {node_type.name} stay and cost when it ends; write true"
-            )
-
-
-def _firewall(node_type: NodeType) -> Iterator[Finding]:
-    if node_type.lacks("SecurityGroupIds") and node_type.lacks("NetworkInterfaces"):
-        yield node_type.document.warning(
-            node_type.config,
-            f"{node_type.name} has no SecurityGroupIds, and Ray then opens port 22 to the whole world; give your own",
-        )
-
-
-def _key(node_type: NodeType) -> Iterator[Finding]:
-    document = node_type.document
-    if document.at("auth", "ssh_private_key") and node_type.lacks("KeyName") and node_type.lacks("UserData"):
-        yield document.error(
-            node_type.config,
-            f"auth has an ssh_private_key, so {node_type.name} needs the KeyName that AWS knows it by; add it",
-        )
-
-
-def open_port_findings(document: Document) -> Iterator[Finding]:
-    """Firewall rules for the whole world, wherever they stand."""
-    for line, text in document.scalars():
-        if text in WHOLE_WORLD:
-            message = f"{text} opens ports to the whole world; write your own address, such as 203.0.113.7/32"
-            yield Finding(line, "error", message)

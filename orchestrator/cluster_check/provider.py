@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from orchestrator.cluster_check import node_config
@@ -10,6 +11,7 @@ from orchestrator.cluster_check.document import Document, Finding, did_you_mean
 CHECKED = ("aws", "local")
 KNOWN = (*CHECKED, "azure", "gcp", "vsphere", "aliyun", "external")
 BOOT_MINUTES = 10  # the machine, its driver and several GB of wheels
+ZONE = re.compile(r"[a-f]|(?:-[a-z0-9]+)+-\d[a-f]|(?:-[a-z0-9]+)+-wlz-\d")  # of a region, local, of a carrier
 NOT_FOR_LOCAL = ("available_node_types", "head_node_type", "head_node", "worker_nodes")
 
 
@@ -29,6 +31,8 @@ def provider_findings(document: Document) -> Iterator[Finding]:
 def idle_findings(document: Document) -> Iterator[Finding]:
     """Workers that leave before their work has come."""
     minutes = document.number("idle_timeout_minutes")
+    if minutes is None and document.at("idle_timeout_minutes") is not None:
+        return  # Ray's schema says what it must be
     if minutes is None or minutes < BOOT_MINUTES:
         given = "missing, and Ray then takes 5" if minutes is None else f"{minutes:g}"
         yield document.warning(
@@ -45,12 +49,14 @@ def aws_findings(document: Document) -> Iterator[Finding]:
         return
     if node_config.has_botocore() and region not in (regions := node_config.known_regions()):
         yield document.error(("provider", "region"), f"AWS has no region {region}{did_you_mean(region, regions)}")
-    for zone in document.text_at("provider", "availability_zone").split(","):
-        if zone.strip() and not (zone.strip().startswith(region) and zone.strip() != region):
-            yield document.error(
-                ("provider", "availability_zone"),
-                f"availability zone {zone.strip()} is not in region {region}; write {region}a, for instance",
-            )
+    for zone in map(str.strip, document.text_at("provider", "availability_zone").split(",")):
+        place = ("provider", "availability_zone")
+        if zone and not zone.startswith(region):
+            message = f"availability zone {zone} is not in region {region}; write {region}a, for instance"
+            yield document.error(place, message)
+        elif zone and not ZONE.fullmatch(zone.removeprefix(region)):
+            message = f"AWS has no zone {zone}, since letters go from a to f; write {region}a, for instance"
+            yield document.error(place, message)
 
 
 def local_findings(document: Document) -> Iterator[Finding]:
@@ -68,6 +74,7 @@ def local_findings(document: Document) -> Iterator[Finding]:
     if not document.at("auth", "ssh_user"):
         yield document.error(("auth",), "auth has no ssh_user to log in as; add it")
     yield from _addresses(document)
+    yield from _reachable(document)
     yield from _number_of_workers(document)
 
 
@@ -79,6 +86,21 @@ def _addresses(document: Document) -> Iterator[Finding]:
                 ("provider", "worker_ips", position), f"{address} is listed twice, as head or worker; remove one"
             )
         seen.add(str(address))
+
+
+def _reachable(document: Document) -> Iterator[Finding]:
+    """Addresses alone: ssh's user and port are said elsewhere, and Ray would take them for a part of the name."""
+    workers = range(len(document.sequence("provider", "worker_ips")))
+    for step in [("head_ip",), ("external_head_ip",), *(("worker_ips", position) for position in workers)]:
+        address = document.text_at("provider", *step)
+        if "@" in address:
+            wanted = address.rpartition("@")[2]
+            message = f"{address} has a user in it, who is auth.ssh_user for all; write {wanted}"
+            yield document.error(("provider", *step), message)
+        elif address.count(":") == 1:  # more of them are an address of IPv6
+            wanted = address.partition(":")[0]
+            message = f"{address} has a port in it, and Ray uses ssh's; write {wanted}, and the port in ~/.ssh/config"
+            yield document.error(("provider", *step), message)
 
 
 def _number_of_workers(document: Document) -> Iterator[Finding]:

@@ -51,7 +51,10 @@ def _explained(document: Document, error: Any) -> Iterator[Finding]:
     elif error.validator == "type":
         wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
         names = " or ".join(NAMES_OF_TYPES.get(name, str(name)) for name in wanted)
-        yield document.error(place, f"{where} is {_shortened(error.instance)}, but wanted is {names}")
+        given = _shortened(error.instance)
+        if isinstance(error.instance, str) and not {"array", "object"} & set(wanted):
+            given = f'the text "{given}"'  # which looks like what is wanted: "10", "false"
+        yield document.error(place, f"{where} is {given}, but wanted is {names}")
     else:
         yield document.error(place, f"{where}: {_shortened(error.message)}; Ray's schema does not allow it")
 
