@@ -24,7 +24,7 @@ NOT_SECRET = re.compile(r"^(?:[$~/<{[]|YOUR|required$|optional$|https?://)")
 PLACEHOLDER = re.compile(
     r"YOUR-[A-Z-]*[A-Z]|(?:sg|ami|subnet|vpc)-0123456789abcdef0|\b(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d+"
 )
-GIT_PATTERNS = ("**/.git", "**/.git/**")  # as rsync reads it, and as Ray's own hash of the folder does
+GIT_PATTERNS = ("**/.git", "**/.git/**")
 
 
 def file_findings(document: Document, folder: Path) -> Iterator[Finding]:
