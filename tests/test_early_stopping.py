@@ -151,6 +151,7 @@ def figures(result: EpochResult) -> tuple[float, ...]:
 def killed_after_every_epoch(course: tuple[Leg, ...], images: ResidentImages, folder: Path) -> list[EpochResult]:
     """A trial whose worker is another one each epoch."""
     results: list[EpochResult] = []
+    folder.mkdir(exist_ok=True)
     files = TrialFiles(str(folder), "t00000", 0)
     while result := next(run_trial(QUICK, images, files=files, course=course, epochs_recorded=len(results)), None):
         results.append(result)

@@ -58,6 +58,7 @@ def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarra
     """Select logits of a trial's configuration after so many epochs, trained here from the beginning on one thread."""
     config = TrainConfig(**trial.config)
     data = load_dataset("digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction)
+    folder.mkdir(exist_ok=True)
     files = TrialFiles(str(folder), trial.trial_id, 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

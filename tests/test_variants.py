@@ -62,6 +62,7 @@ def images(digits: SplitImages) -> ResidentImages:
 def trained(
     config: TrainConfig, images: ResidentImages, folder: Path, *, course: tuple[Leg, ...] = ()
 ) -> tuple[TrialFiles, list[EpochResult]]:
+    folder.mkdir(exist_ok=True)
     files = TrialFiles(str(folder), "t00000", 0)
     return files, list(run_trial(config, images, files=files, course=course))
 
@@ -278,6 +279,7 @@ COURSES = {
 def test_killed_between_any_two_writes_and_resumed_ends_with_the_same_files(
     name: str, images: ResidentImages, tmp_path: Path
 ) -> None:
+    (tmp_path / "whole").mkdir()
     expected = CopiedFiles(str(tmp_path / "whole"), "t00000", 0, [])
     epochs = list(run_trial(CONFIG, images, files=expected, course=COURSES[name]))
     variants = weight_files(expected)
