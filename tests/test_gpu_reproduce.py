@@ -7,21 +7,26 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
+from tests.background import PATIENCE, wait_for_epochs
 from tests.conftest import ROOT, command_environment
 
 SCRIPT = ROOT / "benchmarks" / "gpu_reproduce.sh"
-SMALL = "dataset=digits backbone=small_cnn batch_size=64 max_epochs=6 warmup_epochs=1 image_size=16 train_fraction=0.5"
-MOST_STEPS = 20
+EPOCHS = 60
+SMALL = (
+    f"dataset=digits backbone=small_cnn batch_size=64 max_epochs={EPOCHS} warmup_epochs=1 image_size=16 "
+    "train_fraction=0.5"
+)
 
 
-def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The script with everything it makes below a folder, in a process that has no Ray."""
+def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """All that the script makes lies below a folder, and its processes have no Ray."""
     without_ray = tmp_path / "without_ray"
     without_ray.mkdir(exist_ok=True)
     (without_ray / "ray.py").write_text("raise ImportError('there is no Ray')\n")
-    environment = {
+    return {
         **command_environment(),
         "PYTHON": sys.executable,
         "PYTHONPATH": str(without_ray),
@@ -30,25 +35,40 @@ def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Complet
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         **variables,
     }
-    return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def run(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script to its end."""
+    variables = environment(tmp_path, **variables)
+    return subprocess.run([str(SCRIPT), *arguments], env=variables, capture_output=True, text=True, check=False)
+
+
+def stopped_after_two_epochs(tmp_path: Path, **variables: str) -> int:
+    """The exit status of a step that is told to stop as the script does it when the time is up."""
+    output = tmp_path / "output"
+    with output.open("wb") as file:
+        step = subprocess.Popen(
+            [str(SCRIPT), "step", "ours"], env=environment(tmp_path, **variables), stdout=file, stderr=file
+        )
+    wait_for_epochs(tmp_path / "runs" / "large_batch_ours_seed43", 2, step, output)
+    (training,) = (p for p in psutil.Process(step.pid).children(recursive=True) if p.name().startswith("python"))
+    training.terminate()
+    return step.wait(timeout=PATIENCE)
 
 
 @pytest.mark.slow
-def test_steps_are_repeated_until_the_run_is_done_and_collected(tmp_path: Path) -> None:
-    statuses = []
-    while 0 not in statuses and len(statuses) < MOST_STEPS:
-        done = run(tmp_path, "step", "ours", EXTRA=SMALL, STEP_SECONDS="9", SEED="43")
-        assert done.returncode in {0, 130}, done.stdout + done.stderr
-        statuses.append(done.returncode)
-    assert statuses[-1] == 0
+def test_a_step_that_was_stopped_is_run_again_and_collected(tmp_path: Path) -> None:
+    assert stopped_after_two_epochs(tmp_path, EXTRA=SMALL, SEED="43") == 130
+    done = run(tmp_path, "step", "ours", EXTRA=SMALL, SEED="43")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert {"best", "tta", "raw", "raw_tta"} <= set(done.stdout.split())
     collected = run(tmp_path, "collect", str(tmp_path / "reference"))
     assert collected.returncode == 0, collected.stderr
     folder = tmp_path / "reference" / "large_batch_ours_seed43"
     (trial,) = pd.read_parquet(folder / "trials").to_dict("records")
-    assert (trial["status"], trial["epochs_trained"], trial["config.val_fraction"]) == ("completed", 6, 0.0)
+    assert (trial["status"], trial["epochs_trained"], trial["config.val_fraction"]) == ("completed", EPOCHS, 0.0)
     assert trial["seed"] == 43
-    assert pd.read_parquet(folder / "epochs")["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert pd.read_parquet(folder / "epochs")["epoch"].tolist() == list(range(1, EPOCHS + 1))
 
 
 def test_nothing_is_collected_where_nothing_was_trained(tmp_path: Path) -> None:
