@@ -208,7 +208,7 @@ def test_sigint_stops_within_seconds_and_a_moved_folder_resumes(tmp_path: Path, 
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 30  # on a busy machine too
     assert "To go on:\n  python -m orchestrator.search slow.py --results-dir runs --num-trials 2 --resume" in (
         output.read_text()
     )
