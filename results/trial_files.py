@@ -84,10 +84,10 @@ class TrialFiles:
 
     def replace(self, path: Path, content: bytes) -> None:
         """Write a file of the trial, synced, unless the driver has been superseded."""
-        self.check_current()
         if self.remote:
             self._store.put(self._name(path), content, permitted=self.check_current)
         else:
+            self.check_current()  # before the folder is made that is missing where this machine does not see it
             replace_file(path, content, sync=True, permitted=self.check_current)
 
     def remove(self, path: Path) -> None:
