@@ -22,7 +22,7 @@ from rich.console import Console
 from orchestrator import cli, driver
 from orchestrator.description import Description, read_description
 from orchestrator.distillation import compare, ensemble_accuracies, show, show_alone
-from orchestrator.plan import SearchPlan
+from orchestrator.plan import SearchPlan, recorded_precision
 from orchestrator.serving import Ensemble, digest, load_ensemble
 from orchestrator.training import Teach, choose_device, drive
 from results.schema import Scalar, UsageError
@@ -142,7 +142,12 @@ def plan_from(args: argparse.Namespace, teacher: Teacher) -> SearchPlan:
     """The plan of the students: one configuration, a trial for each seed."""
     overrides = driver.overrides_from(args, "dataset", "backbone", "train_fraction", "max_epochs", *DISTILL_FIELDS)
     base = teacher.config.having(
-        {"seed": 0, "distill_weight": DEFAULT_WEIGHT, "distill_temperature": DEFAULT_TEMPERATURE}
+        {
+            "seed": 0,
+            "distill_weight": DEFAULT_WEIGHT,
+            "distill_temperature": DEFAULT_TEMPERATURE,
+            "precision": "auto",  # the teacher's was decided for its network, where it was trained
+        }
     )
     student = base.having(overrides)
     if not student.distill_weight:
@@ -218,11 +223,13 @@ def main(arguments: list[str] | None = None) -> int:
     parts = prepare_parts(args, teacher)
     data = driver.load_data(parts[0].plan, args.data_dir)
     teacher.check_teaches(data)
-    finished = []
+    finished: list[Experiment] = []
     for part, teach in zip(parts, (_taught_by(ensemble), _untaught), strict=False):
-        driver.announce(part.plan, part.experiment, data, name=part.name, console=console)
+        # Both are compared seed by seed: they compute in the same number type.
+        plan = replace(part.plan, precision=recorded_precision(finished[0].info)) if finished else part.plan
+        driver.announce(plan, part.experiment, data, name=part.name, console=console)
         try:
-            done = drive(part.experiment, part.plan, data, args, console, name=part.name, teach=teach)
+            done = drive(part.experiment, plan, data, args, console, name=part.name, teach=teach)
         except cli.Interrupted:
             return driver.interrupted(args, part.name, console)
         except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from search_spaces.space import OBJECTIVES, NamedSpace, SearchSpace, is_within
 from trainables.backbones import check_backbone
 from trainables.config import ANNOTATIONS, TrainConfig
 from trainables.datasets import SplitImages
+from trainables.precision import PrecisionChoice
 
 FIXED = ("seed", "halving", "control_fraction")
 MAY_CHANGE = ("base.dataset ", "budget.num_trials ", "budget.max_total_epochs ", "budget.max_seconds ")
@@ -64,6 +65,8 @@ class SearchPlan:
     """Experiments whose trials the search learns from."""
     teacher: Mapping[str, str] | None = None
     """The ensemble that the trained models learn from: its experiment, its id, and a digest of what it is."""
+    precision: PrecisionChoice | None = None
+    """What `precision=auto` means in this experiment; None until that is decided."""
 
     def __post_init__(self) -> None:
         if self.halving not in HALVINGS:
@@ -130,11 +133,14 @@ class SearchPlan:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """The space with its overrides and what the search may spend."""
-        return self.source.space.with_overrides(
+        """The space with its overrides, its precision and what the search may spend."""
+        space = self.source.space.with_overrides(
             {**self.overrides, **HALVINGS[self.halving].changes},
             num_trials=self.num_trials,
         )
+        if self.precision is None or space.base.precision != "auto":
+            return space
+        return replace(space, base=replace(space.base, precision=self.precision.resolved))
 
     @property
     def num_trials_in_all(self) -> int:
@@ -179,6 +185,7 @@ class SearchPlan:
             "seeds": self.seeds,
             "stage": self.stage,
             "keep_checkpoints": self.keep_checkpoints,
+            "precision": None if self.precision is None else asdict(self.precision),
             "metric": space.metric,
             "mode": space.mode,
             "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
@@ -232,6 +239,7 @@ def resumed(
         stage=plan.stage,
         warm_start=warm_start,
         teacher=plan.teacher,
+        precision=recorded_precision(info),
     )
     _check_same_teacher(plan.teacher, info)
     if plan.stage != info.get("stage", "search"):
@@ -261,6 +269,12 @@ def resumed(
             f"undo that, or start anew with another --name"
         )
     return same
+
+
+def recorded_precision(info: Mapping[str, Any]) -> PrecisionChoice | None:
+    """What an experiment resolved `precision=auto` to; None for experiments that did not record it."""
+    recorded = info.get("precision")
+    return None if recorded is None else PrecisionChoice(**recorded)
 
 
 def _check_same_teacher(teacher: Mapping[str, str] | None, info: Mapping[str, Any]) -> None:

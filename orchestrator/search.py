@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator import cli, driver
+from orchestrator import cli, driver, outlook
 from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
@@ -142,6 +142,7 @@ def drive(
         for config in plan.space.corners():
             check_trainable(config, data, device=resources.device)
         if experiment is None:
+            plan = outlook.of_search(plan, data, resources, address=args.address, console=console)
             experiment = driver.begin(args, plan, data, name=experiment_name(args, plan))
             stack.enter_context(experiment.driving())
         else:

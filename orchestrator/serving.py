@@ -35,6 +35,7 @@ from trainables.evaluation import for_evaluation, predict_batches, viewed_logits
 from trainables.image_files import EncodedImage, decode_squares
 from trainables.model import Classifier
 from trainables.precision import autocast, seeded
+from trainables.process import computes_bfloat16
 from trainables.resident import evaluation_batch_size, memory_format, shared_tensor
 from trainables.validation import Probabilities, log_softmax
 
@@ -195,8 +196,14 @@ class Ensemble:
 
     @cached_property
     def _asked(self) -> list[tuple[nn.Module, Member, str]]:
-        """Each network with the member that it is and the precision it was trained in."""
-        return [(n, m, m.train_config().precision) for n, m in zip(self.networks, self.members, strict=True)]
+        """Each network with the member that it is and the precision it was trained in.
+
+        On a CPU without instructions for bfloat16 such members compute in float32: the other would take long.
+        """
+        of_members = [(n, m, m.train_config().precision) for n, m in zip(self.networks, self.members, strict=True)]
+        if self.device != "cpu" or computes_bfloat16():
+            return of_members
+        return [(n, m, "float32" if precision == "bfloat16" else precision) for n, m, precision in of_members]
 
     def _batches(self, images: Images) -> ImageBatches:
         shape = (self.description.channels, self.description.image_size)

@@ -34,8 +34,9 @@ Mode = Literal["max", "min"]
 METRICS: dict[str, Mode] = {"val_accuracy": "max", "val_nll": "min"}
 OBJECTIVES: dict[str, Mode] = {**METRICS, "multiply_adds": "min", "num_parameters": "min"}
 MOST_FURTHER_OBJECTIVES = 2
-# Two configurations that differ in nothing else are draws of one point. Which data it is, its hash tells.
-NOT_PART_OF_A_POINT = ("seed", "dataset")
+# Two configurations that differ in nothing else are draws of one point: their data are compared by hash, and the
+# number type changes less than another seed does.
+NOT_PART_OF_A_POINT = ("seed", "dataset", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,8 +154,9 @@ class TrainConfig:
     """By which the teacher's and the student's log-probabilities are divided where they are compared."""
 
     precision: str = "auto"
-    """`float32`, `bfloat16` or `float16` for convolutions and products; auto: bfloat16 on a GPU, float32 elsewhere.
-    `float64`: for the weights and everything that is computed with them."""
+    """`float32`, `bfloat16` or `float16` for convolutions and products; auto: bfloat16 on a GPU, elsewhere float32. For
+    all trials of a longer experiment on CPUs the commands replace auto by bfloat16 where steps of it are measured to
+    be faster. `float64`: for the weights and everything that is computed with them."""
     compile: bool | None = None
     """Whether torch.compile builds the step; None: on a GPU."""
     cuda_graph: bool | None = None

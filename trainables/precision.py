@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +24,23 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrecisionChoice:
+    """What `precision=auto` was resolved to for all trainings of an experiment, and why.
+
+    `reason`: `given` (it was not auto), `searched` (it is a dimension), `device` (what auto means on a GPU or on mps),
+    `short run`, `measured`, `unlike machines` or `not measured`; the last two and a short run have float32.
+    `float32_over_bfloat16`: the seconds of a float32 step divided by those of a bfloat16 step, where they were
+    measured: the worst of the rounds, and of the networks.
+    """
+
+    resolved: str
+    reason: str
+    float32_over_bfloat16: float | None = None
+
+
 def resolved(precision: str, device: str) -> str:
-    """`auto` settled: bfloat16 on a GPU, float32 elsewhere."""
+    """Return what `auto` means where nobody has measured: bfloat16 on a GPU, float32 elsewhere."""
     if precision != "auto":
         return precision
     return "bfloat16" if device == "cuda" else "float32"
