@@ -183,12 +183,12 @@ def choose_experiments(results_dir: str, wanted: Sequence[str], *, include_stopp
     for name in reversed(there):
         experiment = Experiment.open(results_dir, name)
         is_search = experiment.info.get("stage", "search") == "search"
-        if is_search and len(_usable(experiment, include_stopped=include_stopped)) >= 2:
+        if is_search and len(usable(experiment, include_stopped=include_stopped)) >= 2:
             return {name: experiment}
-    raise UsageError(
-        f"no experiment in {results_dir} has two or more {'' if include_stopped else 'completed '}trials with "
-        f"predictions; search longer{'' if include_stopped else ', or add --include-stopped'}"
-    )
+    kind, fix = "completed trials with predictions", ", or add --include-stopped"
+    if include_stopped:
+        kind, fix = "trials with predictions, or stopped ones with weights", ""
+    raise UsageError(f"no experiment in {results_dir} has two or more {kind}; search longer{fix}")
 
 
 def _check_alike(experiments: dict[str, Experiment], key: str, what: str) -> None:
@@ -210,7 +210,7 @@ def find_candidates(
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
     if expression and len(table):
-        table = _where(table, expression)
+        table = holding(table, expression)
     rows = tuple(_candidate(row) for _, row in table.iterrows())
     num_trials = len({(row.experiment, row.trial_id) for row in rows})
     if num_trials < k:
@@ -233,7 +233,8 @@ def _check_only_asks(expression: str) -> None:
             raise ValueError(f".{node.attr} is not allowed; there are {', '.join(sorted(METHODS))}")
 
 
-def _where(table: pd.DataFrame, expression: str) -> pd.DataFrame:
+def holding(table: pd.DataFrame, expression: str) -> pd.DataFrame:
+    """The rows of a table of variants for which an expression holds. Raises UsageError for one that is none."""
     short = {name: name.removeprefix("config.") for name in table.columns}
     named = table.rename(columns={name: new for name, new in short.items() if new == name or new not in table.columns})
     try:
@@ -255,8 +256,8 @@ def _too_few(
 ) -> UsageError:
     hint = ""
     if not include_stopped:
-        more = sum(len(_usable(e, include_stopped=True)) for e in experiments.values())
-        more -= sum(len(_usable(e, include_stopped=False)) for e in experiments.values())
+        more = sum(len(usable(e, include_stopped=True)) for e in experiments.values())
+        more -= sum(len(usable(e, include_stopped=False)) for e in experiments.values())
         hint = f", or add --include-stopped for {more} more that were stopped early" if more else ""
     blind = sum(int(e.trials()["val_accuracy"].isna().sum()) for e in experiments.values())
     if blind:
@@ -269,22 +270,26 @@ def _too_few(
     )
 
 
-def _usable(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
-    """The rows of `trials` that have predictions and validation."""
+def usable(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
+    """The rows of `trials` with validation that have predictions or, of stopped trials, weights to predict with."""
     trials = experiment.trials()
+    has_model = trials["predictions"] != ""
+    if include_stopped:
+        has_model |= (trials["status"] == "pruned") & (trials["checkpoint"] != "")
     statuses = ["completed", "pruned"] if include_stopped else ["completed"]
-    return trials[trials["status"].isin(statuses) & (trials["predictions"] != "") & trials["val_accuracy"].notna()]
+    return trials[trials["status"].isin(statuses) & has_model & trials["val_accuracy"].notna()]
 
 
 def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
-    """The usable trials, a row for each variant with whole predictions; what is left out is named in a warning."""
-    usable = _usable(experiment, include_stopped=include_stopped).assign(experiment=experiment.name)
-    experiment.fetch_predictions(usable["trial_id"])
-    usable["train_seconds"] += _teacher_seconds(experiment)
+    """The trials with predictions, a row for each variant whose are whole; what is left out is named in a warning."""
+    trials = usable(experiment, include_stopped=include_stopped).assign(experiment=experiment.name)
+    trials = trials[trials["predictions"] != ""]
+    experiment.fetch_predictions(trials["trial_id"])
+    trials["train_seconds"] += _teacher_seconds(experiment)
     sizes = {split: size for split, size in experiment.info["split_sizes"].items() if split != "train" and size}
     lacking: dict[str, str] = {}
     rows = []
-    for _, row in usable.iterrows():
+    for _, row in trials.iterrows():
         try:
             counts = experiment.stored_counts(row["trial_id"])
         except UsageError as error:
@@ -304,7 +309,7 @@ def _variants(experiment: Experiment, *, include_stopped: bool) -> pd.DataFrame:
             DataWarning,
             stacklevel=2,
         )
-    return pd.DataFrame(rows, columns=[*usable.columns, "variant"])
+    return pd.DataFrame(rows, columns=[*trials.columns, "variant"])
 
 
 def _teacher_seconds(experiment: Experiment) -> float:

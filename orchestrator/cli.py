@@ -18,6 +18,7 @@ from results.schema import DataWarning, UsageError
 from results.store import DEFAULT_RESULTS_DIR
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_DATA_DIR = "data"
 
 
 class Interrupted(BaseException):

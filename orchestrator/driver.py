@@ -21,7 +21,7 @@ from results.events import ExperimentResumed, ExperimentStopped
 from results.history import History, TrialHistory
 from results.schema import Scalar, UsageError
 from results.store import Experiment, exists
-from trainables.config import parse_overrides
+from trainables.config import TrainConfig, parse_overrides
 from trainables.datasets import SplitImages, load_dataset
 
 
@@ -38,7 +38,11 @@ def add_driving_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-fraction", type=cli.fraction, help="share of the training split to train on")
     parser.add_argument("--max-epochs", type=cli.count, help="epochs of a training that nothing stops")
-    parser.add_argument("--data-dir", default="data", help="where datasets are, or are downloaded to (default: data)")
+    parser.add_argument(
+        "--data-dir",
+        default=cli.DEFAULT_DATA_DIR,
+        help="where datasets are, or are downloaded to (default: %(default)s)",
+    )
     cli.add_results_dir(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an experiment that exists")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -69,7 +73,11 @@ def command_to_resume(args: argparse.Namespace) -> str:
 
 def load_data(plan: SearchPlan, data_dir: str) -> SplitImages:
     """The data that a plan's base configuration names."""
-    base = plan.space.base
+    return load_images(plan.space.base, data_dir)
+
+
+def load_images(base: TrainConfig, data_dir: str) -> SplitImages:
+    """The data that the base configuration of an experiment names, as all its trials see it."""
     return load_dataset(
         base.dataset,
         data_dir=data_dir,

@@ -1,4 +1,7 @@
-"""Choose an ensemble of stored models, score it beside its controls and keep it, from stored predictions alone.
+"""Choose an ensemble of stored models, score it beside its controls and keep it, from stored predictions.
+
+Images are needed with --include-stopped alone: trials that were stopped early are predicted with when that is first
+asked for.
 
 python -m orchestrator.ensemble --top-k 5
 python -m orchestrator.ensemble --experiment cifar100 --selection greedy --combiner weighted
@@ -6,6 +9,11 @@ python -m orchestrator.ensemble --candidates "variant == 'best' and stage == 'fi
 """
 
 from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":  # torch reads it once, when it is imported: idle threads otherwise spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import sys
@@ -17,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
 from orchestrator import cli
 from orchestrator.candidates import Candidate, Candidates, NotFinite, choose_experiments, find_candidates
@@ -31,6 +40,7 @@ from orchestrator.pool import POOLS, EstimatePool, Pool, SelectPool, TestPool
 from orchestrator.returns import cross_fitted, curve, front
 from orchestrator.scoring import num_comparisons, score_rows
 from orchestrator.selection import FOLDS, SELECTORS
+from orchestrator.stopped import stopped_without_predictions
 from results.events import EnsembleMade
 from results.schema import ClassAccuracyRecord, DataWarning, UsageError
 from results.store import Experiment
@@ -56,8 +66,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--selection", choices=list(SELECTORS), default="diverse", help="default: diverse")
     parser.add_argument("--combiner", choices=list(COMBINERS), default="mean", help="default: mean")
     parser.add_argument(
-        "--include-stopped", action="store_true", help="let trials that were stopped early be members too"
+        "--include-stopped",
+        action="store_true",
+        help="let trials that were stopped early be members too; predicts with those that have no predictions yet",
     )
+    parser.add_argument(
+        "--data-dir",
+        default=cli.DEFAULT_DATA_DIR,
+        help="with --include-stopped: where datasets are (default: %(default)s)",
+    )
+    parser.add_argument("--dataset", help="with --include-stopped: where the images are if not where they were")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to predict on")
     parser.add_argument(
         "--candidates",
         default="",
@@ -82,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = cli.make_console()
     experiments = choose_experiments(args.results_dir, args.experiment, include_stopped=args.include_stopped)
     experiment = next(iter(experiments.values()))
+    if args.include_stopped:
+        predict_those_lacking(experiments, args, console)
     with experiment.driving():  # no search adds trials from here on
         unsound: set[Candidate] = set()
         while True:
@@ -94,6 +115,24 @@ def main(arguments: list[str] | None = None) -> int:
                 unsound.add(error.candidate)
         show(console, report)
     return cli.DONE
+
+
+def predict_those_lacking(experiments: dict[str, Experiment], args: argparse.Namespace, console: Console) -> None:
+    """Predict with the trials that were stopped early, may become candidates and have no predictions yet."""
+    lacking = stopped_without_predictions(experiments.values(), expression=args.candidates)
+    if not lacking:
+        return
+    from orchestrator.predicting import predict_stopped  # and torch, which an ensemble needs for nothing else
+
+    for name, trial_ids in lacking.items():
+        predict_stopped(
+            experiments[name],
+            trial_ids,
+            data_dir=args.data_dir,
+            dataset=args.dataset,
+            device=args.device,
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )
 
 
 def find(

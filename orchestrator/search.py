@@ -214,7 +214,7 @@ def conclude(ledger: Ledger, args: argparse.Namespace, console: Console) -> int:
         reason = ends[-1].error.splitlines()[-1] if ends[-1].error else ends[-1].stop_reason
         print(f"error: every trial failed, the last one so: {reason}", file=sys.stderr)
         return cli.FAILED
-    if sum(end.has_predictions for end in ends) > 1:
+    if sum(trial.may_be_member for trial in ledger.experiment.history.ended) > 1:
         console.print(f"next:\n  {ensemble_command(ledger, args)}", highlight=False, soft_wrap=True)
     return cli.DONE
 
@@ -226,6 +226,8 @@ def ensemble_command(ledger: Ledger, args: argparse.Namespace) -> str:
     command += ["--top-k", str(min(5, completed) if completed > 1 else 2)]
     if completed < 2:
         command += ["--include-stopped"]
+        if args.data_dir != cli.DEFAULT_DATA_DIR:
+            command += ["--data-dir", args.data_dir]
     if Path(args.results_dir) != Path(DEFAULT_RESULTS_DIR):
         command += ["--results-dir", args.results_dir]
     return shlex.join(command)

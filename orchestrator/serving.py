@@ -30,11 +30,11 @@ from orchestrator.pooling import POOLS, pooled_log_probs
 from results.objects import is_remote
 from results.schema import DataWarning, FloatArray, IntArray, UsageError
 from results.store import Experiment
-from trainables.backbones import BACKBONES, check_backbone
+from trainables.backbones import check_backbone
 from trainables.evaluation import for_evaluation, predict_batches, viewed_logits
 from trainables.image_files import EncodedImage, decode_squares
-from trainables.model import Classifier
-from trainables.precision import autocast, seeded
+from trainables.model import unfilled_model
+from trainables.precision import autocast
 from trainables.process import computes_bfloat16
 from trainables.resident import evaluation_batch_size, memory_format, shared_tensor
 from trainables.validation import Probabilities, log_softmax
@@ -104,23 +104,17 @@ def _network(folder: Path, description: Description, member: Member, *, device: 
     remedy = "copy the ensemble's whole folder, or make it anew with python -m orchestrator.ensemble"
     try:
         weights = load_file(path)
-        model = _classifier(description, member)
+        model = unfilled_model(
+            member.train_config().having({"backbone": member.backbone}),
+            num_classes=len(description.class_names),
+            image_size=description.image_size,
+            channels=description.channels,
+        )
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
     model.requires_grad_(False)
     return for_evaluation(model.to(device).to(memory_format=memory_format(member.train_config())), device)
-
-
-def _classifier(description: Description, member: Member) -> Classifier:
-    with seeded(0):  # the weights are overwritten
-        backbone = BACKBONES[member.backbone](
-            num_classes=len(description.class_names),
-            dropout=0.0,
-            image_size=description.image_size,
-            channels=description.channels,
-        )
-    return Classifier(backbone, mean_C=torch.zeros(description.channels), std_C=torch.ones(description.channels))
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,6 +120,14 @@ class TrialEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialPredicted(Event):
+    """An ended trial's predictions were made from its stored weights, because somebody asked for them."""
+
+    kind: ClassVar[str] = "trial_predicted"
+    trial_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRemoved(Event):
     """A trial's weights were removed because enough better ones are kept."""
 
@@ -147,6 +155,7 @@ KINDS: dict[str, type[Event]] = {
         Decided,
         TrialRetried,
         TrialEnded,
+        TrialPredicted,
         CheckpointRemoved,
         EnsembleMade,
     )

@@ -24,6 +24,7 @@ from results.events import (
     ExperimentStarted,
     ExperimentStopped,
     TrialEnded,
+    TrialPredicted,
     TrialRetried,
     TrialStarted,
 )
@@ -60,6 +61,8 @@ class TrialHistory:
     decisions: dict[int, Decided] = field(default_factory=dict)
     retries: int = 0
     ended: TrialEnded | None = None
+    predicted: bool = False
+    """Whether predictions were made after its end, from its weights."""
     checkpoint_removed: bool = False
 
     @property
@@ -83,11 +86,27 @@ class TrialHistory:
         return self.ended is not None and self.ended.status == "completed"
 
     @property
+    def has_predictions(self) -> bool:
+        """Whether an ended trial has stored predictions."""
+        return self.ended is not None and (self.ended.has_predictions or self.predicted)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether an ended trial has stored weights, which retention has not removed."""
+        return self.ended is not None and self.ended.has_checkpoint and not self.checkpoint_removed
+
+    @property
+    def may_be_member(self) -> bool:
+        """Whether it may become a member of an ensemble: it has predictions, or weights that they can be made from."""
+        has_model = self.has_predictions or self.has_weights
+        return has_model and self.ended is not None and self.ended.status != "failed"
+
+    @property
     def best(self) -> EpochResult | None:
         """The epoch behind the trial's weights and predictions; None before the first finite one."""
         finite = [e.result for e in self.epochs if not e.result.diverged]
         if self.ended is not None and self.ended.stop_reason in CUT_SHORT:
-            # An end between rungs leaves the weights and predictions of the last rung.
+            # An end between rungs leaves the weights of the last rung.
             last_rung = max((d.epoch for d in self.decisions.values() if d.rung is not None), default=0)
             finite = [result for result in finite if result.epoch <= last_rung]
         if not finite:
@@ -172,6 +191,8 @@ class History:
                 self.endings.append(trial)
                 self.num_ended[event.status] += 1
                 self.num_epochs_of_ended += trial.last_epoch
+            case TrialPredicted(trial_id=trial_id):
+                self.trials[trial_id].predicted = True
             case CheckpointRemoved(trial_id=trial_id):
                 self.trials[trial_id].checkpoint_removed = True
 
@@ -194,6 +215,20 @@ class History:
         return row
 
 
+def check_predicted(trial: TrialHistory, *, experiment: str) -> None:
+    """Raise UsageError, with the fix, when a trial has ended without predictions."""
+    if trial.ended is None or trial.has_predictions:
+        return
+    cause, fix = f"it ended {trial.ended.status} without any", "take another trial"
+    if trial.ended.status == "pruned":
+        cause = "it was stopped early, and its weights were removed"
+        fix = "take another trial, or search with a larger --keep-checkpoints"
+        if trial.has_weights:
+            cause = "it was stopped early, and they have not been asked for"
+            fix = f"python -m orchestrator.ensemble --experiment {experiment} --include-stopped makes them"
+    raise UsageError(f"Cannot read predictions of {experiment}/{trial.trial_id}: {cause}. Fix: {fix}.")
+
+
 def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
     """The record of an ended trial. Figures of quality are those of its best epoch, None without one."""
     started, ended, best = trial.started, trial.ended, trial.best
@@ -203,7 +238,6 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
     train_seconds = sum(r.epoch_seconds for r in results)
     images = sum(r.images_per_second * r.epoch_seconds for r in results)
     config: dict[str, Scalar] = started.config
-    has_checkpoint = ended.has_checkpoint and not trial.checkpoint_removed
     return TrialRecord(
         trial_id=trial.trial_id,
         stage=started.stage,
@@ -232,8 +266,8 @@ def trial_record(trial: TrialHistory, *, info: dict[str, Any]) -> TrialRecord:
         images_per_second=images / train_seconds if train_seconds else None,
         inference_images_per_second=(best or results[-1]).inference_images_per_second if results else None,
         peak_memory_bytes=max((r.peak_memory_bytes for r in results), default=None),
-        predictions=f"predictions/{trial.trial_id}.parquet" if ended.has_predictions else "",
-        checkpoint=f"checkpoints/{trial.trial_id}/best.safetensors" if has_checkpoint else "",
+        predictions=f"predictions/{trial.trial_id}.parquet" if trial.has_predictions else "",
+        checkpoint=f"checkpoints/{trial.trial_id}/best.safetensors" if trial.has_weights else "",
         error=ended.error,
         retries=trial.retries,
         started_at=instant(started.at),

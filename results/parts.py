@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from results.events import CheckpointRemoved, Decided, EpochReported, Event, TrialEnded
+from results.events import CheckpointRemoved, Decided, EpochReported, Event, TrialEnded, TrialPredicted
 from results.files import parquet_bytes, replace_file
 from results.history import EPOCH_SCHEMA, History, TrialHistory, epoch_rows
 from results.schema import UsageError, trial_schema
@@ -131,7 +131,7 @@ class Tables:
         for event in events:
             if isinstance(event, EpochReported | Decided):
                 self._behind[event.trial_id] = self._history.trials[event.trial_id]
-            elif isinstance(event, TrialEnded | CheckpointRemoved):
+            elif isinstance(event, TrialEnded | TrialPredicted | CheckpointRemoved):
                 changed[event.trial_id] = self._history.trials[event.trial_id]
         self._write_epochs([trial for trial_id, trial in changed.items() if trial_id in self._behind])
         self._trials.write(trial for trial in changed.values() if trial.ended is not None)

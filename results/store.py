@@ -25,16 +25,10 @@ import pyarrow.parquet as pq
 
 from results.events import Event, EventLog, ExperimentStarted, read_events
 from results.files import json_bytes, replace_file, rows_bytes
-from results.history import History, TrialHistory
+from results.history import History, TrialHistory, check_predicted
 from results.lock import ExperimentLocked as ExperimentLocked
 from results.lock import locked
-from results.mirror import (
-    SEGMENT_BYTES,
-    Mirror,
-    fetch,
-    mark_unsent,
-    pull,
-)
+from results.mirror import SEGMENT_BYTES, Mirror, fetch, mark_unsent, pull
 from results.objects import ObjectStore, above, check_writable
 from results.parts import Tables, conformed, part_paths
 from results.places import exists as exists
@@ -265,7 +259,7 @@ class Experiment:
     def tidy(self, trial: TrialHistory) -> None:
         """Remove what an ended trial does not need: all but its weights, and these once retention has removed them.
 
-        Of a trial that was not trained to its end only the best epoch's have predictions; its snapshots go.
+        A trial that was not trained to its end keeps its best epoch's alone; its snapshots go.
         """
         assert trial.ended is not None
         files = self.files(trial.trial_id)
@@ -330,7 +324,7 @@ class Experiment:
     def predictions(self, trial_id: str, of: type[P], *, variant: str = "best") -> P:
         """A trial's stored predictions for the split that `of` stands for.
 
-        Raises UsageError, naming the file, when it is missing or damaged.
+        Raises UsageError when the file is missing or damaged, and when the trial was stopped before it had predictions.
         """
         return read_predictions(self._predictions_path(trial_id), of, variant=variant)
 
@@ -343,7 +337,10 @@ class Experiment:
 
     def _predictions_path(self, trial_id: str) -> Path:
         self.fetch_predictions([trial_id])
-        return self.root / "predictions" / f"{trial_id}.parquet"
+        path = self.root / "predictions" / f"{trial_id}.parquet"
+        if not path.exists() and trial_id in self.history.trials:
+            check_predicted(self.history.trials[trial_id], experiment=self.name)
+        return path
 
     def ensemble_folder(self, ensemble_id: str) -> Path:
         """Where an ensemble lies."""

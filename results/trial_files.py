@@ -39,7 +39,7 @@ class TrialFiles:
 
     @property
     def best(self) -> Path:
-        """The weights behind the "best" predictions."""
+        """The best epoch's weights."""
         return self.weights("best")
 
     def weights(self, variant: str) -> Path:

@@ -54,8 +54,8 @@ SPACE = SearchSpace(
 """
 
 
-def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarray:
-    """Select logits of a trial's configuration after so many epochs, trained here from the beginning on one thread."""
+def fresh_weights(trial: TrialStarted, folder: Path, *, epochs: int) -> bytes:
+    """The best weights of a trial's configuration after so many epochs, trained here from scratch on one thread."""
     config = TrainConfig(**trial.config)
     data = load_dataset("digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction)
     folder.mkdir(exist_ok=True)
@@ -67,8 +67,7 @@ def fresh_logits(trial: TrialStarted, folder: Path, *, epochs: int) -> np.ndarra
         list(itertools.islice(training, epochs))
     finally:
         torch.set_num_threads(threads)
-    of_best = pd.read_parquet(files.predictions).query("split == 'select' and variant == 'best'")
-    return of_best["logits"].to_numpy()
+    return files.best.read_bytes()
 
 
 def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
@@ -122,9 +121,9 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
 
     # Every trial, killed and resumed or trained by a reused actor, equals one trained afresh.
     for trial_id, trial in experiment.history.trials.items():
-        stored = experiment.predictions(trial_id, SelectPredictions).logits_NC
-        fresh = fresh_logits(trial.started, tmp_path / "fresh", epochs=trial.last_epoch)
-        assert np.array_equal(stored, np.stack(fresh)), trial_id
+        fresh = fresh_weights(trial.started, tmp_path / "fresh", epochs=trial.last_epoch)
+        assert experiment.weights(trial_id, "best").read_bytes() == fresh, trial_id
+        assert trial.has_predictions == trial.completed
 
 
 def replayed(experiment: Experiment) -> object:
@@ -155,8 +154,8 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path) -> No
     assert sorted(trials["retries"]) == [0, 1]
     assert (trials["epochs_trained"] == 9).all()
     for trial_id in trials["trial_id"]:
-        fresh = fresh_logits(experiment.history.trials[trial_id].started, tmp_path / "fresh", epochs=9)
-        assert np.array_equal(experiment.predictions(trial_id, SelectPredictions).logits_NC, np.stack(fresh))
+        fresh = fresh_weights(experiment.history.trials[trial_id].started, tmp_path / "fresh", epochs=9)
+        assert experiment.weights(trial_id, "best").read_bytes() == fresh
 
 
 FAULTY_SPACE = """

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from results.schema import EstimatePredictions, IntArray, Predictions, SelectPredictions, TestPredictions
+from results.schema import PREDICTIONS, IntArray, Predictions
+from trainables.datasets import SplitImages
 from trainables.precision import autocast
 from trainables.resident import TrainingImages
 
@@ -74,16 +75,27 @@ def predict_batches(
     """
     with autocast(precision, device):
         logits = [viewed_logits(network, images_NCHW, views=views) for images_NCHW in batches]
-    out_NC = torch.cat(logits).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+    return _float16(logits)
+
+
+def _float16(logits: Iterable[Tensor]) -> npt.NDArray[np.float16]:
+    """Batches' logits as one array, within the range of the type."""
+    out_NC = torch.cat(list(logits)).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     result: npt.NDArray[np.float16] = out_NC.cpu().numpy().astype(np.float16)
     return result
 
 
 def viewed_logits(network: nn.Module, images_NCHW: Tensor, *, views: str) -> Tensor:
     """Float32 logits [N, C]; with several `views` the logarithm of the views' mean probabilities."""
-    logits_VNC = [
-        network(view.contiguous(memory_format=torch.channels_last)).float() for view in VIEWS[views](images_NCHW)
-    ]
+    return _averaged(_logits_of_views(network, images_NCHW, views=views))
+
+
+def _logits_of_views(network: nn.Module, images_NCHW: Tensor, *, views: str) -> list[Tensor]:
+    """Float32 logits [N, C] of each view; the first one is the image as it is."""
+    return [network(view.contiguous(memory_format=torch.channels_last)).float() for view in VIEWS[views](images_NCHW)]
+
+
+def _averaged(logits_VNC: list[Tensor]) -> Tensor:
     return logits_VNC[0] if len(logits_VNC) == 1 else _log_mean_probability(torch.stack(logits_VNC))
 
 
@@ -109,17 +121,51 @@ def _log_mean_probability(logits_VNC: Tensor) -> Tensor:
     return log_softmax(logits_VNC, -1).logsumexp(0) - float(np.log(len(logits_VNC)))
 
 
+@torch.inference_mode()
+def _predict_with_views(
+    model: nn.Module, data: TrainingImages, indices_N: IntArray, *, views: str, precision: str
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    network = for_evaluation(model, data.device)
+    plain, averaged = [], []
+    with autocast(precision, data.device):
+        for images_NCHW in data.evaluation_batches(indices_N):
+            logits_VNC = _logits_of_views(network, images_NCHW, views=views)
+            plain.append(logits_VNC[0])
+            averaged.append(_averaged(logits_VNC))
+    return _float16(plain), _float16(averaged)
+
+
 def predictions(
     model: nn.Module, data: TrainingImages, of: type[P], *, views: str = "none", precision: str = "auto"
 ) -> P:
     """A model's predictions for the split that `of` stands for."""
-    indices = {
-        SelectPredictions: data.split.select,
-        EstimatePredictions: data.split.estimate,
-        TestPredictions: data.split.test,
-    }[of]
-    return of(
-        logits_NC=predict(model, data, indices, views=views, precision=precision),
-        labels_N=data.split.labels_N[indices],
-        example_ids_N=indices,
-    )
+    indices_N = _indices(data.split, of)
+    return _labelled(predict(model, data, indices_N, views=views, precision=precision), data.split, of)
+
+
+def predictions_with_views(
+    model: nn.Module, data: TrainingImages, of: type[P], *, views: str, precision: str = "auto"
+) -> tuple[P, P]:
+    """A model's predictions for the images as they are, and averaged over `views`, from one pass over the views.
+
+    Each equals to the bit what `predictions` makes of it. One process predicts all images: ranks do not divide them.
+    """
+    logits = _predict_with_views(model, data, _indices(data.split, of), views=views, precision=precision)
+    plain, averaged = (_labelled(logits_NC, data.split, of) for logits_NC in logits)
+    return plain, averaged
+
+
+def predicted_splits(split: SplitImages) -> list[type[Predictions]]:
+    """The splits that are predicted for storing: all but train that have examples. The only place that lists them."""
+    return [cls for name, cls in PREDICTIONS.items() if split.sizes()[name]]
+
+
+def _indices(split: SplitImages, of: type[Predictions]) -> IntArray:
+    name = next(name for name, cls in PREDICTIONS.items() if cls is of)
+    indices_N: IntArray = getattr(split, name)
+    return indices_N
+
+
+def _labelled(logits_NC: npt.NDArray[np.float16], split: SplitImages, of: type[P]) -> P:
+    indices_N = _indices(split, of)
+    return of(logits_NC=logits_NC, labels_N=split.labels_N[indices_N], example_ids_N=indices_N)

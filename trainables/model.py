@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainables.backbones import BACKBONES, initialize_from_images, takes_images
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
-from trainables.precision import seeded
+from trainables.precision import seeded, weights_type
 
 INITIALIZATION_SAMPLE = 5_000
 
@@ -60,6 +60,16 @@ def fresh_model(config: TrainConfig, split: SplitImages, sample: Callable[[], Te
     if takes_images(model.backbone):
         initialize_from_images(model.backbone, model.normalized(sample()))
     return model
+
+
+def unfilled_model(config: TrainConfig, *, num_classes: int, image_size: int, channels: int) -> Classifier:
+    """Return a model on the CPU whose weights, the normalization's included, are still to be loaded."""
+    with seeded(0):
+        backbone = BACKBONES[config.backbone](
+            num_classes=num_classes, dropout=config.dropout, image_size=image_size, channels=channels
+        )
+    model = Classifier(backbone, mean_C=torch.zeros(channels), std_C=torch.ones(channels))
+    return model.to(weights_type(config.precision))
 
 
 def evenly_spread(count: int, sample: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

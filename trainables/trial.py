@@ -1,4 +1,4 @@
-"""One trial on disk: train, keep what going on needs after every epoch, store predictions at rungs and at the end."""
+"""One trial on disk: train, keep what resuming needs after every epoch, store weights at rungs, predict at the end."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def run_trial(
     """Train a trial, going on from its resume file if there is one; yields every epoch after `epochs_recorded`.
 
     Before an epoch is yielded everything it stands for is on disk: the resume file always, its weights when it is a
-    snapshot, the best epoch's weights and predictions when it is a rung or the last, all variants when it is the last
-    and has not diverged. Epochs that an earlier worker finished and nobody recorded are yielded from the resume file.
+    snapshot, the best epoch's weights when it is a rung or the last, all variants with their predictions when it is the
+    last and has not diverged. A trial that is stopped at a rung has no predictions: `trainables.stored` makes them when
+    they are asked for. Epochs that an earlier worker finished and nobody recorded are yielded from the resume file.
     `course`: the legs of the training, by default the configuration's schedule; epochs count through all of them.
     `state`: a fresh one, made from a learner that an earlier trial left.
 
@@ -86,7 +87,7 @@ def run_trial(
             if is_snapshot(len(progress.numbers), leg_config) and not result.diverged:
                 variants.store_snapshot(result.epoch)
             due = result.epoch in rung_epochs or progress.finished
-            if progress.finished and not result.diverged and (config.snapshot_every or config.ema_decay):
+            if progress.finished and not result.diverged:
                 variants.store_all(_snapshots(progress, files))
             elif due and state.best_weights and stored_epoch != result.best_epoch:
                 variants.store_best()

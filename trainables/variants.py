@@ -1,4 +1,5 @@
-"""What a trial stores of its models: weights, and what they predict for every split that has examples.
+"""What a trial stores of its models: weights at its rungs; at its end also their predictions of every split that has
+examples.
 
 Variants of one training: `best`, the best epoch's weights; `tta`, the same averaged over views of each image; `raw`,
 the last raw weights, where an average is evaluated, and `raw_tta`; `epoch_27`, a snapshot; `swa`, the mean of all
@@ -16,13 +17,14 @@ import numpy as np
 from safetensors.torch import load, save
 from torch import nn
 
-from results.schema import PREDICTIONS, Predictions, SelectPredictions
+from results.schema import Predictions, SelectPredictions
 from results.store import TrialFiles
 from trainables.averaging import Soup, Weights, greedy_soup, mean, renew_batch_norms
 from trainables.config import TrainConfig
-from trainables.evaluation import predictions
+from trainables.evaluation import predicted_splits, predictions
 from trainables.loop import TrainState
 from trainables.resident import TrainingImages
+from trainables.stored import predicted_best
 from trainables.validation import accuracy, log_softmax, nll
 
 P = TypeVar("P", bound=Predictions)
@@ -53,17 +55,18 @@ class Variants:
         self._write(snapshot(epoch), self.state.evaluated.state_dict(), epochs=(epoch,))
 
     def store_best(self) -> None:
-        """Store the best epoch's weights, and what they predict."""
-        self._write_best()
-        self.files.write_predictions(self._of_best())
+        """Store the best epoch's weights."""
+        self._write("best", self.state.best_weights, epochs=(self.state.results[-1].best_epoch,))
 
     def store_all(self, snapshots: Sequence[int]) -> None:
-        """Store every variant of a trial that has run to its end; `snapshots`: the epochs that are stored as such.
+        """Store the weights of every variant of a trial that has run to its end, and what they predict.
+
+        `snapshots`: the epochs that are stored as such.
 
         `swa` and `soup` take two snapshots or more. The soup is chosen on select by the monitored figure: there is none
         without select, when it would be a single snapshot, nor when it would be all of them, which is `swa`.
         """
-        self._write_best()
+        self.store_best()
         stored = self._of_best()
         if self.state.learner.ema is not None:
             self._write("raw", self.state.learner.model.state_dict(), epochs=(self.state.results[-1].epoch,))
@@ -78,10 +81,8 @@ class Variants:
             if soup is not None and len(soup.members) < len(snapshots):
                 self._write("soup", soup.weights, epochs=soup.members)
                 stored["soup"] = self._predicted("soup")
-        self.files.write_predictions(stored)
-
-    def _write_best(self) -> None:
-        self._write("best", self.state.best_weights, epochs=(self.state.results[-1].best_epoch,))
+        if self._splits:
+            self.files.write_predictions(stored)
 
     def _write(self, variant: str, weights: Weights, *, epochs: Sequence[int]) -> None:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -95,24 +96,20 @@ class Variants:
             return load(file.read())
 
     def _of_best(self) -> dict[str, list[Predictions]]:
-        """What the best epoch's model predicts; for select the epoch's figures have been made from it already."""
+        """What the best epoch's model predicts; the epoch's figures were computed from its plain select predictions."""
         model, select = self.state.best_model(), self.state.best_select
-        best = [
-            select if cls is SelectPredictions and select is not None else self._predict(model, cls)
-            for cls in self._kinds()
-        ]
-        views = self.config.test_time_augmentation
-        if views == "none":
-            return {"best": best}
-        return {"best": best, "tta": [self._predict(model, cls, views=views) for cls in self._kinds()]}
+        if select is None or self.config.test_time_augmentation != "none":
+            return predicted_best(model, self.config, self.data, self._splits)
+        return {"best": [select if cls is SelectPredictions else self._predict(model, cls) for cls in self._splits]}
 
     def _predicted(self, variant: str, *, views: str = "none") -> list[Predictions]:
         """What a variant predicts with the weights that are stored."""
         model = self.state.learner.evaluated_copy(self._read(variant))
-        return [self._predict(model, cls, views=views) for cls in self._kinds()]
+        return [self._predict(model, cls, views=views) for cls in self._splits]
 
-    def _kinds(self) -> list[type[Predictions]]:
-        return [cls for split, cls in PREDICTIONS.items() if self.data.split.sizes()[split]]
+    @property
+    def _splits(self) -> list[type[Predictions]]:
+        return predicted_splits(self.data.split)
 
     def _predict(self, model: nn.Module, of: type[P], *, views: str = "none") -> P:
         return predictions(model, self.data, of, views=views, precision=self.config.precision)
