@@ -122,17 +122,15 @@ def predict_those_lacking(experiments: dict[str, Experiment], args: argparse.Nam
     lacking = stopped_without_predictions(experiments.values(), expression=args.candidates)
     if not lacking:
         return
-    from orchestrator.predicting import predict_stopped  # and torch, which an ensemble needs for nothing else
+    from orchestrator.predicting import Source, predict_stopped  # and torch, which an ensemble needs for nothing else
+
+    source = Source(data_dir=args.data_dir, dataset=args.dataset, device=args.device)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
 
     for name, trial_ids in lacking.items():
-        predict_stopped(
-            experiments[name],
-            trial_ids,
-            data_dir=args.data_dir,
-            dataset=args.dataset,
-            device=args.device,
-            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
-        )
+        predict_stopped(experiments[name], trial_ids, source, say=say)
 
 
 def find(

@@ -1,16 +1,24 @@
-"""Predictions of trials that were stopped early, made from their stored weights when somebody asks for them.
+"""Predictions made from stored weights when somebody asks for them: of trials that were stopped early, and of variants
+that a trial does not predict with at its end.
 
-from orchestrator.predicting import predict_stopped
+    from orchestrator.predicting import predict_stopped, predict_variant
 
-experiment = Experiment.open("results/runs", "digits")
-predict_stopped(experiment, ["t00003"])
-experiment.predictions("t00003", SelectPredictions)
+    experiment = Experiment.open("results/runs", "digits")
+    predict_stopped(experiment, ["t00003"])
+    experiment.predictions("t00003", SelectPredictions)
+    predict_variant(experiment, ["t00000"], "raw_tta")
+    experiment.predictions("t00000", SelectPredictions, variant="raw_tta")
+
+Both need the experiment's images, and are its one driver meanwhile. Each trial's predictions are stored in one step and
+recorded: what a killed process leaves undone, the next call does. They raise UsageError, with the fix, for a trial
+without weights, and for images that are missing or others by now; ExperimentLocked while another process drives.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from orchestrator import cli
 from orchestrator.driver import load_images
@@ -22,40 +30,90 @@ from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.resident import TrainingImages, WatchedImages
-from trainables.stored import best_predictions
+from trainables.stored import best_predictions, variant_predictions
 from trainables.trial import images_on
 
 NAMED_AT_MOST = 5
+Say = Callable[[str], None]
+Variants = Mapping[str, Sequence[Predictions]]
+Predict = Callable[[TrialHistory, TrainConfig, TrainingImages], Variants]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an experiment's images are, and what predicts. `dataset`: as it is called now, if no longer as it was."""
+
+    data_dir: str = cli.DEFAULT_DATA_DIR
+    dataset: str | None = None
+    device: str = "auto"
+
+
+def _in_silence(line: str) -> None:
+    pass
 
 
 def predict_stopped(
-    experiment: Experiment,
-    trial_ids: Iterable[str],
-    *,
-    data_dir: str = cli.DEFAULT_DATA_DIR,
-    dataset: str | None = None,
-    device: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
+    experiment: Experiment, trial_ids: Iterable[str], source: Source | None = None, *, say: Say = _in_silence
 ) -> None:
-    """Predict with the best weights of these trials, those that have predictions left out, and store what comes of it.
+    """Predict with the best weights of those of these trials that have no predictions.
 
-    Needs the experiment's images, and is its one driver meanwhile. Each trial's predictions are stored in one step and
-    recorded: killed half-way, the next call predicts the others. `dataset`: where the images are, if not where they
-    were. `say` takes a line that says what is going to be done.
-
-    Raises UsageError, saying the fix, for a trial without weights, and for images that are missing or others by now;
-    ExperimentLocked while another process drives.
+    `say` takes a line that says what is going to be done.
     """
     wanted = list(trial_ids)
+
+    def best(trial: TrialHistory, config: TrainConfig, images: TrainingImages) -> Variants:
+        return best_predictions(experiment.files(trial.trial_id), config, images, _splits(experiment))
+
     with experiment.driving():
         trials = [experiment.history.trials[trial_id] for trial_id in wanted]
         lacking = [trial for trial in trials if not trial.has_predictions]
-        for trial in lacking:
-            _check_has_weights(trial, experiment)
-        if lacking:
-            data = _images_of(experiment, data_dir=data_dir, dataset=dataset)
-            say(_announcement(experiment, lacking))
-            _predict(experiment, lacking, data, device=choose_device(device))
+        _predict(experiment, lacking, best, source or Source(), say=say)
+
+
+def predict_variant(
+    experiment: Experiment,
+    trial_ids: Iterable[str],
+    variant: str,
+    source: Source | None = None,
+    *,
+    say: Say = _in_silence,
+) -> None:
+    """Add a variant to the predictions of those of these trials that have others and lack it. See `predict_stopped`."""
+    wanted = list(trial_ids)
+
+    def with_variant(trial: TrialHistory, config: TrainConfig, images: TrainingImages) -> Variants:
+        files, splits = experiment.files(trial.trial_id), _splits(experiment)
+        before: dict[str, list[Predictions]] = {
+            name: [experiment.predictions(trial.trial_id, cls, variant=name) for cls in splits]
+            for name in experiment.stored_counts(trial.trial_id)
+        }
+        return {**before, variant: variant_predictions(files, variant, config, images, splits)}
+
+    with experiment.driving():
+        lacking = [trial_id for trial_id in wanted if variant not in experiment.stored_counts(trial_id)]
+        trials = [experiment.history.trials[trial_id] for trial_id in lacking]
+        _predict(experiment, trials, with_variant, source or Source(), say=say)
+
+
+def _predict(
+    experiment: Experiment, trials: Sequence[TrialHistory], predict: Predict, source: Source, *, say: Say
+) -> None:
+    """Predict with each trial, store what comes of it, and record that it is there."""
+    for trial in trials:
+        _check_has_weights(trial, experiment)
+    if not trials:
+        return
+    data, device = _images_of(experiment, source), choose_device(source.device)
+    say(_announcement(experiment, trials))
+    prepare(None)
+    with cli.INTERRUPTS.deferred():
+        images: TrainingImages | None = None
+        for trial in trials:
+            config = TrainConfig(**trial.started.config)  # type: ignore[arg-type]  # written by to_dict
+            images = images or WatchedImages(images_on(device, data, config=config), cli.INTERRUPTS.check)
+            experiment.files(trial.trial_id).write_predictions(predict(trial, config, images))
+            if not trial.has_predictions:
+                experiment.record(TrialPredicted(at=time.time(), trial_id=trial.trial_id))
 
 
 def _check_has_weights(trial: TrialHistory, experiment: Experiment) -> None:
@@ -65,18 +123,6 @@ def _check_has_weights(trial: TrialHistory, experiment: Experiment) -> None:
             f"Cannot predict with {experiment.name}/{trial.trial_id}: {cause}. Fix: leave it out, or search with a "
             f"larger --keep-checkpoints."
         )
-
-
-def _predict(experiment: Experiment, trials: Sequence[TrialHistory], data: SplitImages, *, device: str) -> None:
-    prepare(None)
-    with cli.INTERRUPTS.deferred():
-        images: TrainingImages | None = None
-        for trial in trials:
-            config = TrainConfig(**trial.started.config)  # type: ignore[arg-type]  # written by to_dict
-            images = images or WatchedImages(images_on(device, data, config=config), cli.INTERRUPTS.check)
-            files = experiment.files(trial.trial_id)
-            files.write_predictions(best_predictions(files, config, images, _splits(experiment)))
-            experiment.record(TrialPredicted(at=time.time(), trial_id=trial.trial_id))
 
 
 def _splits(experiment: Experiment) -> list[type[Predictions]]:
@@ -90,17 +136,17 @@ def _announcement(experiment: Experiment, trials: Sequence[TrialHistory]) -> str
     named = ", ".join(trial.trial_id for trial in trials[:NAMED_AT_MOST])
     more = len(trials) - NAMED_AT_MOST
     with_all = f"{named} and {more} more" if more > 0 else named
-    why = "stopped early, so they have weights and no predictions yet"
-    return f"{experiment.name}: predicting {num_images:,} images with {with_all} ({why})"
+    why = "" if trials[0].has_predictions else " (stopped early, so they have weights and no predictions yet)"
+    return f"{experiment.name}: predicting {num_images:,} images with {with_all}{why}"
 
 
-def _images_of(experiment: Experiment, *, data_dir: str, dataset: str | None) -> SplitImages:
+def _images_of(experiment: Experiment, source: Source) -> SplitImages:
     """An experiment's images. Raises UsageError when they are not there, or are others by now."""
     base = TrainConfig(**{**TrainConfig().to_dict(), **experiment.info["space"]["base"]})
-    if dataset is not None:
-        base = base.having({"dataset": dataset})
+    if source.dataset is not None:
+        base = base.having({"dataset": source.dataset})
     try:
-        data = load_images(base, data_dir)
+        data = load_images(base, source.data_dir)
     except UsageError as error:
         raise _no_images(experiment, str(error)) from error
     recorded = experiment.info["split_hash"]
@@ -111,6 +157,6 @@ def _images_of(experiment: Experiment, *, data_dir: str, dataset: str | None) ->
 
 def _no_images(experiment: Experiment, cause: str) -> UsageError:
     return UsageError(
-        f"Cannot predict with stopped trials of {experiment.name}: {cause}. Fix: say where the images that it was "
-        f"trained on are now, with --data-dir or --dataset, or leave --include-stopped out."
+        f"Cannot predict with trials of {experiment.name}: {cause}. Fix: say where the images that it was trained on "
+        f"are now, with --data-dir or --dataset, or leave --include-stopped out."
     )

@@ -179,6 +179,7 @@ class Experiment:
             finally:
                 self._log.close()
                 self._log = None
+                self._fetched = set()
                 self._remove_leftovers()
                 self._tables.catch_up(now=True)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from orchestrator import ensemble
 from orchestrator.driver import load_data, make_ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.predicting import predict_stopped
+from orchestrator.predicting import predict_stopped, predict_variant
 from orchestrator.search import ensemble_command
 from orchestrator.stopped import stopped_without_predictions
 from results.events import CheckpointRemoved
@@ -213,6 +213,26 @@ def test_a_moved_folder_is_predicted_with_where_it_is(experiment: Experiment, tm
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_raw_weights_are_averaged_over_views_when_that_is_asked_for(
+    experiment: Experiment, images: ResidentImages
+) -> None:
+    before = experiment.stored_counts("t00000")
+    assert set(before) == {"best", "tta", "raw"}
+    plain = experiment.predictions("t00000", SelectPredictions, variant="raw")
+    predict_variant(experiment, ["t00000"], "raw_tta")
+    assert experiment.stored_counts("t00000") == {**before, "raw_tta": before["raw"]}
+    assert np.array_equal(experiment.predictions("t00000", SelectPredictions, variant="raw").logits_NC, plain.logits_NC)
+    model = stored_model(experiment.files("t00000"), "raw", replace(BASE, max_epochs=9), images)
+    for kind in PREDICTIONS.values():
+        found = experiment.predictions("t00000", kind, variant="raw_tta")
+        expected = predictions(model, images, kind, views=BASE.test_time_augmentation)
+        assert np.array_equal(found.logits_NC, expected.logits_NC)
+    path = experiment.root / "predictions" / "t00000.parquet"
+    at = path.stat().st_mtime_ns
+    predict_variant(experiment, ["t00000"], "raw_tta")
+    assert path.stat().st_mtime_ns == at
+
+
 # --- what cannot be predicted ---
 
 
@@ -244,7 +264,7 @@ def test_other_images_than_those_of_the_training_are_refused(experiment: Experim
         (f"folder:{tmp_path}/gone", "gone is not a folder"),
     ):
         with pytest.raises(
-            UsageError, match=f"Cannot predict with stopped trials of small: .*{cause}.*Fix: say where .* --data-dir"
+            UsageError, match=f"Cannot predict with trials of small: .*{cause}.*Fix: say where .* --data-dir"
         ):
             made(experiment, "--dataset", dataset)
     assert with_predictions(experiment) == ["t00000"]

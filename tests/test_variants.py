@@ -51,7 +51,7 @@ CONFIG = TrainConfig(
     snapshot_from=0.4,
     test_time_augmentation="flip",
 )
-ALL = {"best", "tta", "raw", "raw_tta", "epoch_2", "epoch_3", "epoch_4", "swa"}
+ALL = {"best", "tta", "raw", "epoch_2", "epoch_3", "epoch_4", "swa"}
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,8 @@ def test_what_is_stored_of_every_variant_is_what_its_stored_weights_predict(
     files, _ = trained(config, images, tmp_path)
     counts = stored_counts(files.predictions)
     assert set(counts) - {"soup"} == ALL
-    assert list(counts)[:5] == ["best", "tta", "raw", "raw_tta", "epoch_2"]
-    assert weight_files(files) == set(counts) - {"tta", "raw_tta"}
+    assert list(counts)[:4] == ["best", "tta", "raw", "epoch_2"]
+    assert weight_files(files) == set(counts) - {"tta"}
     fresh = TrainState(config, images).learner
     distinct = set()
     for variant in counts:

@@ -53,6 +53,8 @@ class TrainState:
         self.begun = BegunEpoch()
         self.best_weights: dict[str, Tensor] = {}
         self.best_select: SelectPredictions | None = None
+        self.raw_select: SelectPredictions | None = None
+        """What the last epoch's raw weights predict; None where an earlier worker trained it."""
         self.results: list[EpochResult] = []
         self.epoch_began, self.steps_taken = 0.0, 0
 
@@ -85,7 +87,7 @@ class TrainState:
         self.learner.load_state_dict(state)
         self.begun = BegunEpoch(**state.get("begun", {}))
         self.best_weights = state["best_weights"]
-        self.best_select = None  # not saved: whoever needs it predicts again
+        self.best_select = self.raw_select = None  # not saved: whoever needs them predicts again
         self.results = [EpochResult(**result) for result in state["results"]]
 
 
@@ -131,6 +133,7 @@ def train_epoch(
     epoch_seconds = time.perf_counter() - state.epoch_began
     state.begun, state.steps_taken = BegunEpoch(), 0
     select, inference_rate = _timed_select(config, data, state.evaluated)
+    state.raw_select = select if state.learner.ema is None else _timed_select(config, data, state.learner.model)[0]
     result = EpochResult(
         epoch=len(state.results) + 1,
         lr=steps.lr,
@@ -138,7 +141,7 @@ def train_epoch(
         train_accuracy=steps.accuracy,
         attainable_train_accuracy=steps.attainable,
         clean_train_accuracy=_clean_train_accuracy(config, data, state.evaluated),
-        **_validation_figures(config, data, state, select),
+        **_validation_figures(select, state.raw_select),
         grad_norm=steps.grad_norm,
         epoch_seconds=epoch_seconds,
         images_per_second=steps.num_images / epoch_seconds,
@@ -220,15 +223,10 @@ def _clean_train_accuracy(config: TrainConfig, data: TrainingImages, model: nn.M
     return accuracy(predict(model, data, sample, precision=config.precision), data.split.labels_N[sample])
 
 
-def _validation_figures(
-    config: TrainConfig, data: TrainingImages, state: TrainState, select: SelectPredictions | None
-) -> dict[str, float | None]:
+def _validation_figures(select: SelectPredictions | None, raw: SelectPredictions | None) -> dict[str, float | None]:
     names = ("val_accuracy", "val_nll", "val_ece", "raw_val_accuracy", "raw_val_nll")
-    if select is None:
+    if select is None or raw is None:
         return dict.fromkeys(names)
-    raw = select
-    if state.learner.ema is not None:
-        raw = predictions(state.learner.model, data, SelectPredictions, precision=config.precision)
     if not (np.isfinite(select.logits_NC).all() and np.isfinite(raw.logits_NC).all()):
         return dict.fromkeys(names, math.nan)
     log_probs_NC = log_softmax(select.logits_NC)

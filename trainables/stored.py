@@ -30,6 +30,18 @@ def best_predictions(
     return predicted_best(model, config, data, of)
 
 
+def variant_predictions(
+    files: TrialFiles, variant: str, config: TrainConfig, data: TrainingImages, of: Sequence[type[Predictions]]
+) -> list[Predictions]:
+    """Return what a variant's stored weights predict for each split of `of`, averaged over views where it is seen so.
+
+    Raises UsageError as `best_predictions` does.
+    """
+    model = stored_model(files, variant, config, data)
+    views = config.test_time_augmentation if variant in SEEN_FROM_VIEWS else "none"
+    return [predictions(model, data, cls, views=views, precision=config.precision) for cls in of]
+
+
 def predicted_best(
     model: nn.Module, config: TrainConfig, data: TrainingImages, of: Sequence[type[Predictions]]
 ) -> dict[str, list[Predictions]]:

@@ -2,8 +2,8 @@
 examples.
 
 Variants of one training: `best`, the best epoch's weights; `tta`, the same averaged over views of each image; `raw`,
-the last raw weights, where an average is evaluated, and `raw_tta`; `epoch_27`, a snapshot; `swa`, the mean of all
-snapshots; `soup`, the mean of some.
+the last raw weights, where an average is evaluated; `epoch_27`, a snapshot; `swa`, the mean of all snapshots; `soup`,
+the mean of some. `raw_tta`, `raw` averaged over views, costs as much as `tta` and is predicted only when asked for.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class Variants:
         stored = self._of_best()
         if self.state.learner.ema is not None:
             self._write("raw", self.state.learner.model.state_dict(), epochs=(self.state.results[-1].epoch,))
-            stored["raw"] = self._predicted("raw")
-            if self.config.test_time_augmentation != "none":
-                stored["raw_tta"] = self._predicted("raw", views=self.config.test_time_augmentation)
+            stored["raw"] = self._predicted("raw", select=self.state.raw_select)
         stored |= {snapshot(epoch): self._predicted(snapshot(epoch)) for epoch in snapshots}
         if len(snapshots) > 1:
             self._write("swa", self._average(tuple(snapshots)), epochs=snapshots)
@@ -98,21 +96,26 @@ class Variants:
     def _of_best(self) -> dict[str, list[Predictions]]:
         """What the best epoch's model predicts; the epoch's figures were computed from its plain select predictions."""
         model, select = self.state.best_model(), self.state.best_select
-        if select is None or self.config.test_time_augmentation != "none":
+        if self.config.test_time_augmentation != "none":
             return predicted_best(model, self.config, self.data, self._splits)
-        return {"best": [select if cls is SelectPredictions else self._predict(model, cls) for cls in self._splits]}
+        return {"best": self._of_splits(model, select)}
 
-    def _predicted(self, variant: str, *, views: str = "none") -> list[Predictions]:
-        """What a variant predicts with the weights that are stored."""
-        model = self.state.learner.evaluated_copy(self._read(variant))
-        return [self._predict(model, cls, views=views) for cls in self._splits]
+    def _predicted(self, variant: str, *, select: SelectPredictions | None = None) -> list[Predictions]:
+        """What a variant predicts with the weights that are stored; `select`: where that is known already."""
+        return self._of_splits(self.state.learner.evaluated_copy(self._read(variant)), select)
+
+    def _of_splits(self, model: nn.Module, select: SelectPredictions | None) -> list[Predictions]:
+        return [
+            select if cls is SelectPredictions and select is not None else self._predict(model, cls)
+            for cls in self._splits
+        ]
 
     @property
     def _splits(self) -> list[type[Predictions]]:
         return predicted_splits(self.data.split)
 
-    def _predict(self, model: nn.Module, of: type[P], *, views: str = "none") -> P:
-        return predictions(model, self.data, of, views=views, precision=self.config.precision)
+    def _predict(self, model: nn.Module, of: type[P]) -> P:
+        return predictions(model, self.data, of, precision=self.config.precision)
 
     def _average(self, epochs: tuple[int, ...]) -> Weights:
         model = self.state.learner.evaluated_copy(mean(self._read(snapshot(epoch)) for epoch in epochs))
