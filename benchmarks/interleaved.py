@@ -14,17 +14,26 @@ import torch
 Seconds = dict[str, list[float]]
 
 
-def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu") -> Seconds:
-    """Seconds of each alternative in each round, after one round that does not count."""
+def in_turns(
+    alternatives: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Seconds:
+    """Seconds of each alternative in each round, after one round that does not count.
+
+    `clock`: `time.process_time` for CPU-seconds, which other processes do not lengthen.
+    """
     seconds: Seconds = {name: [] for name in alternatives}
     for round_number in range(rounds + 1):
         for name, run in alternatives.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize(device)
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
