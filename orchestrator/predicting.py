@@ -20,15 +20,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from orchestrator import cli
 from orchestrator.driver import load_images
-from orchestrator.training import choose_device, prepare
+from orchestrator.training import choose_device
 from results.events import TrialPredicted
 from results.history import TrialHistory
 from results.schema import PREDICTIONS, Predictions, UsageError
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
+from trainables.process import prepared_for_a_while
 from trainables.resident import TrainingImages, WatchedImages
 from trainables.stored import best_predictions, variant_predictions
 from trainables.trial import images_on
@@ -105,8 +108,7 @@ def _predict(
         return
     data, device = _images_of(experiment, source), choose_device(source.device)
     say(_announcement(experiment, trials))
-    prepare(None)
-    with cli.INTERRUPTS.deferred():
+    with prepared_for_a_while(threads=torch.get_num_threads()), cli.INTERRUPTS.deferred():
         images: TrainingImages | None = None
         for trial in trials:
             config = TrainConfig(**trial.started.config)  # type: ignore[arg-type]  # written by to_dict
