@@ -152,7 +152,8 @@ def measure(folder: Path, curves: list[Curve], *, num_trials: int, sampler: str)
     """Seconds, and milliseconds a report and a trial, of one search."""
     name = f"{sampler}-{num_trials}"
     overrides = {"max_epochs": len(curves[0])}
-    plan = SearchPlan(source=load_space("cifar100"), overrides=overrides, num_trials=num_trials, seed=0, halving="asha")
+    space = load_space("cifar100_resnet18")
+    plan = SearchPlan(source=space, overrides=overrides, num_trials=num_trials, seed=0, halving="asha")
     images = np.zeros((1000, 1, 4, 4), np.uint8)
     data = split(LabelledImages(images, np.arange(1000) % 2, 0, ("a", "b")))
     experiment = Experiment.create(folder, name=name, info=plan.info(name=name, data=data, command="benchmark"))

@@ -48,6 +48,15 @@ def add_driving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
 
 
+def add_no_test(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that keeps the test split out of sight."""
+    parser.add_argument(
+        "--no-test",
+        action="store_true",
+        help="predict nothing for the test split: for networks and recipes that are still being developed",
+    )
+
+
 def overrides_from(args: argparse.Namespace, *fields: str) -> dict[str, Scalar]:
     """What `--set` and the flags of single fields set. Raises UsageError for a field set in both ways."""
     overrides = parse_overrides(args.set)
@@ -72,12 +81,13 @@ def command_to_resume(args: argparse.Namespace) -> str:
 
 
 def load_data(plan: SearchPlan, data_dir: str) -> SplitImages:
-    """The data that a plan's base configuration names."""
-    return load_images(plan.space.base, data_dir)
+    """Return the data that a plan's base configuration names; without its test split where the plan leaves it alone."""
+    data = load_images(plan.space.base, data_dir)
+    return data if plan.predicts_test else data.without_test()
 
 
 def load_images(base: TrainConfig, data_dir: str) -> SplitImages:
-    """The data that the base configuration of an experiment names, as all its trials see it."""
+    """Return the data that the base configuration of an experiment names, as all its trials see it."""
     return load_dataset(
         base.dataset,
         data_dir=data_dir,

@@ -63,6 +63,8 @@ class SearchPlan:
     stage: Stage = "search"
     warm_start: tuple[str, ...] = ()
     """Experiments whose trials the search learns from."""
+    predicts_test: bool = True
+    """Whether trained models predict the test split."""
     teacher: Mapping[str, str] | None = None
     """The ensemble that the trained models learn from: its experiment, its id, and a digest of what it is."""
     precision: PrecisionChoice | None = None
@@ -85,6 +87,10 @@ class SearchPlan:
             )
         if self.stage == "search" and self.space.base.val_fraction == 0:
             raise UsageError("a search chooses by validation: val_fraction=0 leaves none; wanted a fraction above 0")
+        if not self.predicts_test and self.space.base.val_fraction == 0:
+            raise UsageError(
+                "--no-test with val_fraction=0 leaves no images to evaluate on; drop one, or add --set val_fraction=0.1"
+            )
 
     def check(self) -> None:
         """Raise UsageError where the search, its space and its strategy of early stopping do not fit.
@@ -186,6 +192,7 @@ class SearchPlan:
             "stage": self.stage,
             "keep_checkpoints": self.keep_checkpoints,
             "precision": None if self.precision is None else asdict(self.precision),
+            "predicts_test": self.predicts_test,
             "metric": space.metric,
             "mode": space.mode,
             "further_objectives": {name: OBJECTIVES[name] for name in space.further_objectives},
@@ -238,9 +245,15 @@ def resumed(
         seeds=info.get("seeds", 1) if seeds is None else seeds,
         stage=plan.stage,
         warm_start=warm_start,
+        predicts_test=info.get("predicts_test", True),
         teacher=plan.teacher,
         precision=recorded_precision(info),
     )
+    if same.predicts_test and not plan.predicts_test:
+        raise UsageError(
+            f"--no-test, but experiment {info['name']!r} was begun without it, and its ended trials have predicted "
+            f"test; leave it out, or start again with another --name"
+        )
     _check_same_teacher(plan.teacher, info)
     if plan.stage != info.get("stage", "search"):
         raise UsageError(

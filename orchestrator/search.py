@@ -48,6 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--backbone", help="a name in trainables/backbones/")
     driver.add_driving_arguments(parser)
+    driver.add_no_test(parser)
     parser.add_argument("--name", help="the experiment's name (default: the space's)")
     parser.add_argument("--num-trials", type=cli.count, help="every trial counts, baselines and failed ones too")
     parser.add_argument(
@@ -111,6 +112,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         seeds=args.seeds or 1,
         keep_checkpoints=DEFAULT_KEEP_CHECKPOINTS if args.keep_checkpoints is None else args.keep_checkpoints,
         warm_start=tuple(args.warm_start),
+        predicts_test=not args.no_test,
     )
 
 

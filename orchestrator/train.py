@@ -38,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a name that --list shows")
     parser.add_argument("--list", action="store_true", help="show the recipes with their cost and expectation")
     driver.add_driving_arguments(parser)
+    driver.add_no_test(parser)
     parser.add_argument("--name", help="the experiment's name (default: the recipe's)")
     parser.add_argument("--seed", type=cli.count_or_zero, help="default: the recipe's")
     cli.add_threads(parser)
@@ -100,6 +101,7 @@ def plan_from(args: argparse.Namespace) -> SearchPlan:
         num_trials=None,
         seed=config.seed if args.seed is None else args.seed,
         halving="none",
+        predicts_test=not args.no_test,
         stage="large_batch" if has_workers(args) else "single",
     )
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from orchestrator import cli
 from orchestrator.console import duration, size
 from orchestrator.metrics import MEANS, score
+from results.diagnosis import explained
 from results.schema import PREDICTIONS, EpochResult
 from results.store import Experiment
 from trainables.config import TrainConfig
@@ -116,7 +117,9 @@ def print_results(console: Console, experiment: Experiment) -> int:
         console.print(table)
     _print_published(console, experiment)
     if row["regularization_verdict"]:
-        console.print(f"regularization: {row['regularization_verdict']}", highlight=False)
+        fit, val = row["clean_train_accuracy"], row["val_accuracy"]
+        verdict = explained(row["regularization_verdict"], clean_train_accuracy=fit, val_accuracy=val)
+        console.print(f"regularization: {verdict}", highlight=False, soft_wrap=True)
     console.print(f"{experiment.where}: {size(experiment.disk_bytes())} on disk", highlight=False, soft_wrap=True)
     return cli.DONE
 

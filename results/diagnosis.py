@@ -61,6 +61,24 @@ def regularization_verdict(
     return "over-regularized" if regularized and load >= LOAD else "underfit"
 
 
+def explained(verdict: str, *, clean_train_accuracy: float, val_accuracy: float) -> str:
+    """Return a verdict with the figures that it rests on, in points of accuracy.
+
+    "balanced" does not say that training fits no better than validation. Part of every network's validation error is a
+    generalization gap; the verdict says whether the gap is so large that stronger regularization is worth its cost in
+    fit.
+    """
+    error, gap = 100 * (1 - val_accuracy), 100 * (clean_train_accuracy - val_accuracy)
+    most, little = MOST * error, LITTLE * error
+    because = {
+        "under-regularized": f"{most:.0f} or more: training images are learned by heart",
+        "balanced": f"under-regularized would be {most:.0f} or more, over-regularized less than {little:.0f}",
+        "over-regularized": f"less than {little:.0f}, and regularization makes training harder",
+        "underfit": f"less than {little:.0f}, and regularization is not the reason",
+    }
+    return f"{verdict}: {gap:.0f} of {error:.0f} points of validation error are generalization gap ({because[verdict]})"
+
+
 def is_regularized(config: Mapping[str, Scalar]) -> bool:
     """Whether a configuration makes training harder: by dropout, smoothing, mixing, augmentation or strong decay."""
     switches = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy, gelu
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
@@ -22,8 +22,9 @@ from trainables.backbones import (
     takes_images,
 )
 from trainables.backbones.layers import Dropout, set_dropout
-from trainables.backbones.speedrun import WhitenedConv, speedrun_cnn
+from trainables.backbones.speedrun import Stage, WhitenedConv, speedrun_cnn
 
+SPEEDRUN = ("speedrun_cnn", "speedrun_cnn_medium", "speedrun_cnn_large")
 TOO_SMALL = r"Kernel size can't be greater than actual input size|Output size is too small"
 
 
@@ -132,6 +133,18 @@ def test_imagenet_nets_are_as_large_as_published(
             24 + 13_824 + 36_864 + 73_728 + 147_456 + 294_912 + 589_824 + 4 * (64 + 128 + 256) + 25_600,
             (288 + 13_824) * 961 + (36_864 + 73_728) * 225 + (147_456 + 294_912) * 49 + 589_824 * 9 + 25_600,
         ),
+        # 24-64-64, 64-192-192, 192-256-256; the last stage stays at 7 pixels.
+        (
+            "speedrun_cnn_medium",
+            24 + 13_824 + 36_864 + 110_592 + 331_776 + 442_368 + 589_824 + 4 * (64 + 192 + 256) + 25_600,
+            (288 + 13_824) * 961 + (36_864 + 110_592) * 225 + (331_776 + 442_368 + 589_824) * 49 + 25_600,
+        ),
+        # 24-64-64-64, 64-192-192-192, 192-384-384-384; nine norms; 384-100.
+        (
+            "speedrun_cnn_large",
+            24 + 13_824 + 2 * 36_864 + 110_592 + 2 * 331_776 + 663_552 + 2 * 1_327_104 + 6 * (64 + 192 + 384) + 38_400,
+            (288 + 13_824) * 961 + (2 * 36_864 + 110_592) * 225 + (2 * 331_776 + 663_552 + 2 * 1_327_104) * 49 + 38_400,
+        ),
     ],
 )
 def test_nets_have_their_exact_size_at_32_pixels_and_100_classes(
@@ -165,7 +178,7 @@ def test_images_a_pixel_too_small_are_refused_with_the_size_wanted(backbone: str
         check_backbone(backbone, image_size=side - 1)
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "speedrun_cnn"])
+@pytest.mark.parametrize("name", ["convnext_tiny", *SPEEDRUN])
 def test_a_refused_image_size_would_have_failed(name: str) -> None:
     side = smallest_image(name) - 1
     with pytest.raises(RuntimeError, match=TOO_SMALL):
@@ -183,7 +196,7 @@ def test_nets_built_for_large_images_say_how_small_they_may_be(backbone: str, bu
                 net(torch.empty(2, 3, side - 1, side - 1, device="meta"))
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "convnext_tiny", "speedrun_cnn"])
+@pytest.mark.parametrize("name", ["small_cnn", "convnext_tiny", *SPEEDRUN])
 @pytest.mark.parametrize("built_for", range(1, 13))
 def test_nets_take_the_images_they_are_built_for(name: str, built_for: int) -> None:
     side = max(smallest_image(name), built_for)
@@ -343,10 +356,11 @@ def test_the_whitening_is_saved_but_never_trained() -> None:
     assert first.bias.requires_grad
 
 
-def test_later_convolutions_start_by_handing_their_input_on() -> None:
-    net = speedrun_cnn(num_classes=3, dropout=0.0, image_size=16, channels=3)
+@pytest.mark.parametrize(("name", "count"), [("speedrun_cnn", 6), ("speedrun_cnn_large", 9)])
+def test_later_convolutions_start_by_handing_their_input_on(name: str, count: int) -> None:
+    net = BACKBONES[name](num_classes=3, dropout=0.0, image_size=16, channels=3)
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    assert len(convolutions) == 6
+    assert len(convolutions) == count
     for convolution in convolutions:
         images_NCSS = noise(2, convolution.in_channels, 5, 5)
         with torch.no_grad():
@@ -355,8 +369,18 @@ def test_later_convolutions_start_by_handing_their_input_on() -> None:
         assert convolution.weight[convolution.in_channels :].all()  # the rest is random
 
 
-def test_only_the_speedrun_net_takes_weights_from_images(backbone: str) -> None:
-    assert takes_images(meta_net(backbone)) == (backbone == "speedrun_cnn")
+def test_the_second_and_third_convolution_of_a_large_stage_are_a_residual_branch() -> None:
+    stage = Stage(2, 4, convolutions=3, pool=True).eval()
+    with torch.no_grad():
+        stage.keeping[-1].weight.zero_()  # the branch gives nothing
+        images_NCSS = noise(2, 2, 6, 6)
+        wide_NCSS = stage.widening(images_NCSS)
+        assert torch.equal(stage(images_NCSS), gelu(wide_NCSS))
+    assert wide_NCSS.shape == (2, 4, 3, 3)
+
+
+def test_only_the_speedrun_nets_take_weights_from_images(backbone: str) -> None:
+    assert takes_images(meta_net(backbone)) == (backbone in SPEEDRUN)
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "wide_resnet16_4"])

@@ -27,7 +27,7 @@ def status_and_error(main: object, arguments: list[str], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cifra"], "no search space 'cifra'; there are cifar10, cifar100, cifar100_conditional, digits"),
+        (["cifra"], "no search space 'cifra'; there are cifar10, cifar100, cifar100_conditional, cifar100_resnet18"),
         (["digits", "--dataset", "mnist"], "no dataset 'mnist'; there are digits, cifar10, cifar100, folder:PATH"),
         (["digits", "--backbone", "vgg"], "no backbone 'vgg'; there are small_cnn, efficient200k, resnet18"),
         (["digits", "--set", "backbone=vgg"], "no backbone 'vgg'"),

@@ -138,6 +138,16 @@ def test_parts_join_from_the_top_until_all_learn() -> None:
     assert frozen == [5, 4, 3, 2, 0, 0, 0]  # 5 parts above which the classifier alone learns: 5, 3.75, 2.5, 1.25
 
 
+def test_the_stem_learns_for_its_epochs_alone_once_all_parts_have_joined() -> None:
+    config = TrainConfig(max_epochs=10, stem_epochs=3)
+    assert [num_frozen_parts(epoch, num_parts=6, config=config) for epoch in range(1, 6)] == [0, 0, 0, 1, 1]
+    both = replace(config, unfreeze_epochs=4)
+    # Parts join in epochs 1 to 4, as above; the stem's three epochs are over when it could.
+    assert [num_frozen_parts(epoch, num_parts=6, config=both) for epoch in range(1, 7)] == [5, 4, 3, 2, 1, 1]
+    # A network of one part is a classifier, which always learns.
+    assert num_frozen_parts(5, num_parts=1, config=config) == 0
+
+
 # --- optimizers ---
 
 
@@ -175,6 +185,21 @@ def test_sgd_is_torchs_sgd(nesterov: bool) -> None:
     steps_of(other, reference.step)
     for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_the_biases_of_norms_alone_get_a_rate_of_their_own(optimizer: str) -> None:
+    config = TrainConfig(optimizer=optimizer, lr=0.01, weight_decay=0.0, norm_bias_lr_factor=3.0)
+    plain, faster = small_net(), small_net()
+    for net, of in ((plain, replace(config, norm_bias_lr_factor=1.0)), (faster, config)):
+        optimization = ours(net, of)
+        before = [p.detach().clone() for p in net.parameters()]
+        steps_of(net, lambda optimization=optimization: optimization.step(clip=False), count=1)
+        net.moved = [p.detach() - b for p, b in zip(net.parameters(), before, strict=True)]
+    names = [name for name, _ in plain.named_parameters()]
+    for name, moved, moved_faster in zip(names, plain.moved, faster.moved, strict=True):
+        assert moved.abs().max() > 0
+        assert torch.allclose(moved_faster, moved * (3.0 if name == "1.bias" else 1.0), rtol=1e-4), name
 
 
 def test_adamw_is_torchs_adamw() -> None:

@@ -47,6 +47,8 @@ class TrainConfig:
     """The batch size that `lr` is meant for: the rate is lr x batch_size / lr_batch_size (Goyal et al. 2017)."""
     head_lr_factor: float = 1.0
     """How many times the rate the classifier gets; above 1 when the rest has been trained before."""
+    norm_bias_lr_factor: float = 1.0
+    """How many times the rate the biases of normalization layers get (Page 2018; Jordan 2024 has 64)."""
     schedule: str = "cosine"
     """What follows the warmup: `cosine`, `cosine_restarts`, `one_cycle`, `warmup_stable_decay` or `constant`."""
     warmup_epochs: float = 1.0
@@ -73,6 +75,9 @@ class TrainConfig:
     unfreeze_epochs: int = 0
     """Progressive unfreezing (Howard & Ruder 2018): the classifier alone learns first, and one part after another
     joins it from the top, all by the end of so many epochs. 0: everything learns from the start."""
+    stem_epochs: int = 0
+    """Epochs in which the part next to the input learns; it is fixed after them, and needs no gradient. 0: all. Of the
+    speedrun nets that part is the bias of the whitening (Jordan 2024: the first 3 epochs)."""
     snapshot_every: int = 0
     """Epochs between stored snapshots of the evaluated weights, which become variants of the trial; 0: none. 1 with
     snapshot_from=0.75 makes their mean that of SWA (Izmailov et al. 2018); `restart_epochs`, with `cosine_restarts` and
@@ -289,14 +294,26 @@ RANGES: list[tuple[tuple[str, ...], str, typing.Callable[[Any], bool]]] = [
     (("image_size",), "1 to 2048", lambda x: 1 <= x <= 2048),
     (("initial_image_size",), "8 or more", lambda x: x >= 8),
     (("batch_size",), "2 or more: batch normalization needs them", lambda x: x >= 2),
-    (("lr", "head_lr_factor", "distill_temperature"), "a finite number above 0", lambda x: 0 < x < float("inf")),
+    (
+        ("lr", "head_lr_factor", "norm_bias_lr_factor", "distill_temperature"),
+        "a finite number above 0",
+        lambda x: 0 < x < float("inf"),
+    ),
     (
         ("warmup_epochs", "weight_decay", "mixup_alpha", "cutmix_alpha", "ricap_beta", "gradient_clip"),
         "a finite number, 0 or more",
         lambda x: 0 <= x < float("inf"),
     ),
     (
-        ("crop_padding", "cutout_size", "patience", "unfreeze_epochs", "loader_workers", "snapshot_every"),
+        (
+            "crop_padding",
+            "cutout_size",
+            "patience",
+            "unfreeze_epochs",
+            "stem_epochs",
+            "loader_workers",
+            "snapshot_every",
+        ),
         "0 or more",
         lambda x: x >= 0,
     ),

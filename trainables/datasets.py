@@ -93,6 +93,10 @@ class SplitImages:
         """Side in pixels."""
         return int(self.images_NCHW.shape[2])
 
+    def without_test(self) -> SplitImages:
+        """Return the same dataset with an empty test split; the images and the hash stay."""
+        return replace(self, test=self.test[:0])
+
     def sizes(self) -> dict[str, int]:
         """Number of examples in each split."""
         return {name: len(getattr(self, name)) for name in ("train", "select", "estimate", "test")}

@@ -40,6 +40,7 @@ STRUCTURE = (
     "nesterov",
     "decay_norm_and_bias",
     "head_lr_factor",
+    "norm_bias_lr_factor",
     "accumulation_steps",
     "precision",
     "compile",
@@ -61,7 +62,7 @@ Step = Callable[..., None]
 
 def structure(config: TrainConfig) -> tuple[object, ...]:
     """What a compiled or captured step has built in; trials that agree in it can share a learner."""
-    switched = ("gradient_clip", "ema_decay", "unfreeze_epochs", "distill_weight")
+    switched = ("gradient_clip", "ema_decay", "unfreeze_epochs", "stem_epochs", "distill_weight")
     switches = (bool(getattr(config, name)) for name in switched)
     return (*(getattr(config, name) for name in STRUCTURE), *switches)
 
@@ -120,7 +121,7 @@ class Learner:
         on_gpu = device == "cuda"
         compiled = on_gpu if config.compile is None else config.compile
         self._loss = _compiled(self._eager_loss) if compiled else self._eager_loss
-        may_capture = on_gpu and not config.unfreeze_epochs and not self._ranks.several
+        may_capture = on_gpu and not (config.unfreeze_epochs or config.stem_epochs) and not self._ranks.several
         captured = may_capture if config.cuda_graph is None else config.cuda_graph
         self._graphs: dict[torch.Size, CapturedStep] | None = {} if captured else None
         self._memory_pool = torch.cuda.graph_pool_handle() if captured else None  # shared: steps never overlap

@@ -19,6 +19,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 ADAM_BETAS = (0.9, 0.999)
 ADAM_RMS = 0.2
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,9 +82,9 @@ class Optimization:
         self._tensors = device == "cuda"
         self._decoupled = config.optimizer != "sgd"
         fused = device in ("cpu", "cuda")
-        *body, head = ([p for p in part.parameters() if p.requires_grad] for part in parts)
-        head_groups = _groups(head, factor=config.head_lr_factor, config=config)
-        body_groups = _groups([p for part in body for p in part], factor=1.0, config=config)
+        *body, head = parts
+        head_groups = _groups([head], factor=config.head_lr_factor, config=config)
+        body_groups = _groups(body, factor=1.0, config=config)
         # Nesterov without momentum is refused by torch.
         momentum, nesterov = config.momentum, config.nesterov and config.momentum > 0
         self.optimizers: list[torch.optim.Optimizer]
@@ -190,18 +191,27 @@ class Optimization:
         return [o.state[p] for o in self.optimizers for group in o.param_groups for p in group["params"]]
 
 
-def _groups(parameters: list[nn.Parameter], *, factor: float, config: TrainConfig) -> list[dict[str, Any]]:
-    """The filters and matrices, and the vectors (biases, normalization), each if there are any."""
+def _groups(modules: Sequence[nn.Module], *, factor: float, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the filters and matrices, the vectors, and the biases of norms where these have a rate of their own."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    of_norms = _norm_biases(modules) if config.norm_bias_lr_factor != 1 else set()
+    vectors = [p for p in parameters if p.ndim <= 1]
+    vector = {"matrices": False, "decayed": config.decay_norm_and_bias}
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "matrices": True, "decayed": True, "factor": factor},
+        {"params": [p for p in vectors if p not in of_norms], "factor": factor, **vector},
         {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "matrices": False,
-            "decayed": config.decay_norm_and_bias,
-            "factor": factor,
+            "params": [p for p in vectors if p in of_norms],
+            "factor": factor * config.norm_bias_lr_factor,
+            **vector,
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _norm_biases(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    norms = (m for module in modules for m in module.modules() if isinstance(m, NORMS))
+    return {norm.bias for norm in norms if norm.bias is not None}
 
 
 class MovingAverage:

@@ -90,5 +90,6 @@ def check_execution(config: TrainConfig, device: str) -> None:
         raise UsageError("precision=float64 on mps, which has no such numbers; use float32, or --device cpu")
     if config.cuda_graph and device != "cuda":
         raise UsageError(f"cuda_graph=true on {device}: only NVIDIA GPUs have CUDA graphs; leave it out")
-    if config.cuda_graph and config.unfreeze_epochs:
-        raise UsageError("cuda_graph=true with unfreeze_epochs: the step changes along the way; leave one out")
+    if config.cuda_graph and (config.unfreeze_epochs or config.stem_epochs):
+        name = "unfreeze_epochs" if config.unfreeze_epochs else "stem_epochs"
+        raise UsageError(f"cuda_graph=true with {name}: the step changes along the way; leave one out")

@@ -79,7 +79,7 @@ def image_size_in(epoch: int, *, full_size: int, config: TrainConfig) -> int:
 
 
 def num_frozen_parts(epoch: int, *, num_parts: int, config: TrainConfig) -> int:
-    """How many parts, counted from the input, do not learn yet in an epoch; the classifier always does."""
-    if epoch > config.unfreeze_epochs:
-        return 0
-    return math.ceil((num_parts - 1) * (1 - (epoch - 1) / config.unfreeze_epochs))
+    """Return how many parts, counted from the input, do not learn in an epoch; the classifier always does."""
+    if epoch <= config.unfreeze_epochs:
+        return math.ceil((num_parts - 1) * (1 - (epoch - 1) / config.unfreeze_epochs))
+    return min(1, num_parts - 1) if 0 < config.stem_epochs < epoch else 0

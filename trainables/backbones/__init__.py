@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -17,7 +18,14 @@ from trainables.backbones.preactivation import resnet44v2, resnet44v2_four_stage
 from trainables.backbones.resnet import resnet18, resnet34, resnet50, resnet101
 from trainables.backbones.small_cnn import small_cnn, small_cnn_groupnorm
 from trainables.backbones.small_cnn import smallest_image as small_cnn_smallest
-from trainables.backbones.speedrun import WhitenedConv, speedrun_cnn
+from trainables.backbones.speedrun import (
+    LARGE,
+    MEDIUM,
+    WhitenedConv,
+    speedrun_cnn,
+    speedrun_cnn_large,
+    speedrun_cnn_medium,
+)
 from trainables.backbones.speedrun import smallest_image as speedrun_smallest
 from trainables.backbones.wide_resnet import wide_resnet16_4, wide_resnet28_10
 
@@ -46,6 +54,8 @@ BACKBONES: dict[str, Backbone] = {
     "convnext_tiny": convnext_tiny,
     "mobilenet_v3_small": mobilenet_v3_small,
     "speedrun_cnn": speedrun_cnn,
+    "speedrun_cnn_medium": speedrun_cnn_medium,
+    "speedrun_cnn_large": speedrun_cnn_large,
     "small_cnn_groupnorm": small_cnn_groupnorm,
 }
 
@@ -55,6 +65,8 @@ SMALLEST_IMAGES: dict[str, Callable[[int], int]] = {
     "small_cnn_groupnorm": small_cnn_smallest,
     "convnext_tiny": convnext_smallest,
     "speedrun_cnn": speedrun_smallest,
+    "speedrun_cnn_medium": partial(speedrun_smallest, size=MEDIUM),
+    "speedrun_cnn_large": partial(speedrun_smallest, size=LARGE),
 }
 
 

@@ -1,17 +1,20 @@
-"""A net of the CIFAR-10 speedruns, for tiny budgets.
+"""Nets of the CIFAR speedruns in three sizes, for tiny budgets.
 
-Its ideas and where they come from:
+Their ideas and where they come from:
 - a frozen first convolution that whitens the patches of the training images: David Page, "How to train your ResNet 8:
   bag of tricks" (2019); with 2x2 patches, and each eigenvector with its negative: airbench94 of Keller Jordan, "94% on
   CIFAR-10 in 3.29 seconds on a single GPU" (2024, arXiv 2404.00498), which builds on tysam-code's hlb-CIFAR10 (2023);
 - the identity as the first filters of every later convolution: Jordan's "identity initialization" (nn.init.dirac_);
 - GELU, stages of two convolutions with the pooling after the first, global max pooling: airbench94;
+- in the large net a third convolution in each stage, and a shortcut around it and the second: airbench96, of the same
+  paper;
 - logits scaled down by a constant: Page (1/8) and airbench94 (1/9), which also leaves out the classifier's bias.
 
-Left out, because the engine decides it: their optimizers, flips and test-time augmentation, a larger learning rate for
-the norms' biases with frozen norm scales, and the training of the whitening's bias for the first epochs only.
-The widths are 64, 128, 256 (airbench94: 64, 256, 256), for the sake of training on a CPU: 130 to 210 images a second of
-32x32 on a core of an AMD EPYC that was shared with other work.
+The medium and the large net do not pool in the last stage. On CPUs that multiply matrices of bfloat16 in tiles, the
+gradient of a filter costs several times as much a multiply-add on maps of 3x3 as on maps of 7x7.
+
+The optimizer, the rate of the norms' biases and the epochs in which the whitening's bias learns are the
+configuration's: see `optimizer`, `norm_bias_lr_factor` and `stem_bias_epochs` in TrainConfig.
 
 The small logits ask for a large learning rate: airbench94's is 1.5 for SGD on a mean loss.
 
@@ -20,6 +23,8 @@ Shape suffixes: N images, C channels, H height, W width, P values of a patch, L 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +32,6 @@ from torch.nn import functional
 from trainables.backbones.layers import IMAGENET_STEM_FROM, Dropout
 
 PATCH = 2  # pixels, side of a whitened patch
-WIDTHS = (64, 128, 256)
 LOGIT_SCALE = 1 / 9
 VARIANCE_EPSILON = 5e-4  # airbench94's; keeps directions without variance finite
 IMAGES_AT_ONCE = 64
@@ -114,34 +118,66 @@ def _identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
     return convolution
 
 
-def _stage(inputs: int, outputs: int, *, pool: bool) -> nn.Sequential:
-    return nn.Sequential(
-        _identity_conv(inputs, outputs),
-        nn.MaxPool2d(2) if pool else nn.Identity(),
-        nn.BatchNorm2d(outputs),
-        nn.GELU(),
-        _identity_conv(outputs, outputs),
-        nn.BatchNorm2d(outputs),
-        nn.GELU(),
-    )
+class Stage(nn.Module):
+    """A convolution that widens the map and, with `pool`, halves it; then one or two more at that size.
+
+    With a third convolution the second and the third are a residual branch (He et al. 2016).
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, convolutions: int, pool: bool) -> None:
+        super().__init__()
+        self.widening = nn.Sequential(
+            _identity_conv(inputs, outputs),
+            nn.MaxPool2d(2) if pool else nn.Identity(),
+            nn.BatchNorm2d(outputs),
+            nn.GELU(),
+        )
+        layers: list[nn.Module] = []
+        for _ in range(convolutions - 1):
+            layers += [_identity_conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.GELU()]
+        self.keeping = nn.Sequential(*layers[:-1])
+        self.shortcut = convolutions > 2
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, inputs, S, S] -> [N, outputs, S // 2 or S, the same]."""
+        x_NCHW = self.widening(x_NCHW)
+        kept_NCHW = self.keeping(x_NCHW)
+        return functional.gelu(kept_NCHW + x_NCHW if self.shortcut else kept_NCHW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Channels of the three stages, convolutions in each, and how many stages halve the map, from the first on."""
+
+    widths: tuple[int, int, int]
+    convolutions: int = 2
+    poolings: int = 3
+
+
+SMALL = Size(widths=(64, 128, 256))
+MEDIUM = Size(widths=(64, 192, 256), poolings=2)
+LARGE = Size(widths=(64, 192, 384), convolutions=3, poolings=2)
 
 
 def _stride(image_size: int) -> int:
     return 2 if image_size >= IMAGENET_STEM_FROM else 1
 
 
-def _poolings(image_size: int) -> int:
+def _poolings(size: Size, image_size: int) -> int:
     whitened_side = max(1, (image_size - PATCH) // _stride(image_size) + 1)
-    return min(len(WIDTHS), whitened_side.bit_length() - 1)
+    return min(size.poolings, whitened_side.bit_length() - 1)
 
 
-def smallest_image(built_for: int) -> int:
-    """Side in pixels of the smallest image that a net built for a size takes: 9 from 9 pixels on, 16 from 96 on."""
-    return _stride(built_for) * (2 ** _poolings(built_for) - 1) + PATCH
+def smallest_image(built_for: int, size: Size = SMALL) -> int:
+    """Return the side in pixels of the smallest image that a net built for an image size takes.
+
+    Of the small net 9 from 9 pixels on, 16 from 96 on; of the others 5 from 5 pixels on, 8 from 96 on.
+    """
+    return _stride(built_for) * (2 ** _poolings(size, built_for) - 1) + PATCH
 
 
-def speedrun_cnn(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
-    """Whitening, three stages that halve the map while there is something to halve, global max pooling, classifier.
+def _net(size: Size, *, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+    """Return whitening, the stages, global max pooling, classifier.
 
     The whitening has stride 1 below 96 pixels, else 2, and needs 2 pixels. Call `initialize_from_images` once on a
     fresh net.
@@ -149,8 +185,24 @@ def speedrun_cnn(*, num_classes: int, dropout: float, image_size: int, channels:
     whitened = WhitenedConv(channels, stride=_stride(image_size))
     layers: list[nn.Module] = [whitened, nn.GELU()]
     width = len(whitened.bias)
-    for index, outputs in enumerate(WIDTHS):
-        layers.append(_stage(width, outputs, pool=index < _poolings(image_size)))
+    for index, outputs in enumerate(size.widths):
+        pool = index < _poolings(size, image_size)
+        layers.append(Stage(width, outputs, convolutions=size.convolutions, pool=pool))
         width = outputs
     classifier = nn.Linear(width, num_classes, bias=False)
     return nn.Sequential(*layers, GlobalMax(), Dropout(dropout), classifier, Scale(LOGIT_SCALE))
+
+
+def speedrun_cnn(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+    """Return the small net: 65 million multiply-adds at 32 pixels."""
+    return _net(SMALL, num_classes=num_classes, dropout=dropout, image_size=image_size, channels=channels)
+
+
+def speedrun_cnn_medium(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+    """Return the medium net: 114 million multiply-adds at 32 pixels."""
+    return _net(MEDIUM, num_classes=num_classes, dropout=dropout, image_size=image_size, channels=channels)
+
+
+def speedrun_cnn_large(*, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
+    """Return the large net: 250 million multiply-adds at 32 pixels."""
+    return _net(LARGE, num_classes=num_classes, dropout=dropout, image_size=image_size, channels=channels)
