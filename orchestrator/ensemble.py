@@ -1,7 +1,7 @@
 """Choose an ensemble of stored models, score it beside its controls and keep it, from stored predictions.
 
-Images are needed with --include-stopped alone: trials that were stopped early are predicted with when that is first
-asked for.
+Images are needed for what has not been predicted yet: trials that were stopped early (--include-stopped), and the test
+split after a search with --no-test.
 
 python -m orchestrator.ensemble --top-k 5
 python -m orchestrator.ensemble --experiment cifar100 --selection greedy --combiner weighted
@@ -73,9 +73,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         default=cli.DEFAULT_DATA_DIR,
-        help="with --include-stopped: where datasets are (default: %(default)s)",
+        help="where datasets are, if something has to be predicted first (default: %(default)s)",
     )
-    parser.add_argument("--dataset", help="with --include-stopped: where the images are if not where they were")
+    parser.add_argument("--dataset", help="where the images are now, if no longer where they were")
+    parser.add_argument(
+        "--no-test",
+        action="store_true",
+        help="leave the test split alone: score on estimate only. Without it, trials of a search with --no-test "
+        "predict test now",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to predict on")
     parser.add_argument(
         "--candidates",
@@ -103,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     experiment = next(iter(experiments.values()))
     if args.include_stopped:
         predict_those_lacking(experiments, args, console)
+    if not args.no_test:
+        predict_test_left_out(experiments, args, console)
     with experiment.driving():  # no search adds trials from here on
         unsound: set[Candidate] = set()
         while True:
@@ -131,6 +139,25 @@ def predict_those_lacking(experiments: dict[str, Experiment], args: argparse.Nam
 
     for name, trial_ids in lacking.items():
         predict_stopped(experiments[name], trial_ids, source, say=say)
+
+
+def predict_test_left_out(experiments: dict[str, Experiment], args: argparse.Namespace, console: Console) -> None:
+    """Predict the test split with candidates of experiments that have left it out so far."""
+    left_out = [name for name, experiment in experiments.items() if not experiment.info.get("predicts_test", True)]
+    if not left_out:
+        return
+    from orchestrator.predicting import Source, predict_test  # and torch, which an ensemble needs for nothing else
+
+    found = find_candidates(experiments, k=args.top_k, include_stopped=args.include_stopped, expression=args.candidates)
+    for name in left_out:
+        trial_ids = dict.fromkeys(row.trial_id for row in found.rows if row.experiment == name)
+        source = Source(data_dir=args.data_dir, dataset=args.dataset, device=args.device)
+        predict_test(
+            experiments[name],
+            trial_ids,
+            source,
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )
 
 
 def find(
@@ -174,13 +201,14 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
     stability = cross_fitted(select, **how, max_cost=args.max_cost, rng=rng(STABILITY_STREAM))
     ensemble_id = experiment.next_ensemble_id()
     # The choice has been made: only now estimate is read, and then test.
-    estimate, test = candidates.load(EstimatePool), candidates.load(TestPool)
+    estimate = candidates.load(EstimatePool)
+    tests = [] if args.no_test else [candidates.load(TestPool)]
     scores = [
         record
         for shown, pool in (
             ([*rows, *curve_rows], select),
             ([*rows, *curve_rows], estimate),
-            (shown_on_test(rows), test),
+            *((shown_on_test(rows), test) for test in tests),
         )
         for record in score_rows(
             shown, pool, ensemble_id=ensemble_id, candidates=candidates.rows, rng=rng(INTERVAL_STREAM)
@@ -208,7 +236,7 @@ def make(experiment: Experiment, candidates: Candidates, select: SelectPool, arg
         ensemble_id,
         content=description.to_json(),
         scores=scores,
-        classes=classes(report, estimate) + classes(report, test),
+        classes=[record for pool in (estimate, *tests) for record in classes(report, pool)],
     )
     members = [f"{c.experiment}/{c.trial_id}" for c in report.members]
     experiment.record(EnsembleMade(at=time.time(), ensemble_id=ensemble_id, members=members))

@@ -50,6 +50,11 @@ class Report:
         """The chosen ensemble's members."""
         return [self.candidates.rows[member] for member in self.rows[0].ensembles[0].members]
 
+    @property
+    def tested(self) -> bool:
+        """Whether the test split was scored."""
+        return any(score.split == "test" for score in self.scores)
+
     def score(self, row: Row, split: str, metric: str) -> ScoreRecord:
         """A row's record of a metric on a split."""
         key = (row.kind, row.label, split, metric)
@@ -78,8 +83,11 @@ def show(console: Console, report: Report) -> None:
     if report.diversity is not None and report.diversity.disagreement is not None:
         console.print(_diversity_line(report.diversity), highlight=False, soft_wrap=True)
     _print_whole(console, _score_table(report, "estimate", "estimate: read once, after choosing", report.rows))
-    on_test = _score_table(report, "test", "test: scored once, never chosen on", shown_on_test(report.rows))
-    _print_whole(console, on_test)
+    if report.tested:
+        on_test = _score_table(report, "test", "test: scored once, never chosen on", shown_on_test(report.rows))
+        _print_whole(console, on_test)
+    else:
+        console.print("test: left alone (--no-test)", highlight=False)
     _print_whole(console, _curve_table(report))
     for line in [*verdicts(report), *_caveats(report)]:
         console.print(line, highlight=False, soft_wrap=True)

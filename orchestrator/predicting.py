@@ -27,7 +27,7 @@ from orchestrator.driver import load_images
 from orchestrator.training import choose_device
 from results.events import TrialPredicted
 from results.history import TrialHistory
-from results.schema import PREDICTIONS, Predictions, UsageError
+from results.schema import PREDICTIONS, Predictions, TestPredictions, UsageError
 from results.store import Experiment
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
@@ -98,16 +98,51 @@ def predict_variant(
         _predict(experiment, trials, with_variant, source or Source(), say=say)
 
 
-def _predict(
-    experiment: Experiment, trials: Sequence[TrialHistory], predict: Predict, source: Source, *, say: Say
+def predict_test(
+    experiment: Experiment, trial_ids: Iterable[str], source: Source | None = None, *, say: Say = _in_silence
 ) -> None:
-    """Predict with each trial, store what comes of it, and record that it is there."""
+    """Add the test split to the predictions of those of these trials that lack it, for each variant that they have.
+
+    A search or a training with --no-test leaves it out. See `predict_stopped`.
+    """
+    wanted = list(trial_ids)
+
+    def with_test(trial: TrialHistory, config: TrainConfig, images: TrainingImages) -> Variants:
+        files, counts = experiment.files(trial.trial_id), experiment.stored_counts(trial.trial_id)
+        return {
+            variant: [
+                *(experiment.predictions(trial.trial_id, PREDICTIONS[split], variant=variant) for split in stored),
+                *variant_predictions(files, variant, config, images, [TestPredictions]),
+            ]
+            for variant, stored in counts.items()
+        }
+
+    with experiment.driving():
+        lacking = [
+            experiment.history.trials[trial_id]
+            for trial_id in wanted
+            if any(not stored.get("test") for stored in experiment.stored_counts(trial_id).values())
+        ]
+        _predict(experiment, lacking, with_test, source or Source(), say=say, what="the test split")
+
+
+def _predict(
+    experiment: Experiment,
+    trials: Sequence[TrialHistory],
+    predict: Predict,
+    source: Source,
+    *,
+    say: Say,
+    what: str = "",
+) -> None:
+    """Predict with each trial, store what comes of it, and record that it is there. `what`: the images."""
+    what = what or f"{sum(experiment.info['split_sizes'][split] for split in PREDICTIONS):,} images"
     for trial in trials:
         _check_has_weights(trial, experiment)
     if not trials:
         return
     data, device = _images_of(experiment, source), choose_device(source.device)
-    say(_announcement(experiment, trials))
+    say(_announcement(experiment, trials, what))
     with prepared_for_a_while(threads=torch.get_num_threads()), cli.INTERRUPTS.deferred():
         images: TrainingImages | None = None
         for trial in trials:
@@ -132,14 +167,13 @@ def _splits(experiment: Experiment) -> list[type[Predictions]]:
     return [cls for split, cls in PREDICTIONS.items() if experiment.info["split_sizes"][split]]
 
 
-def _announcement(experiment: Experiment, trials: Sequence[TrialHistory]) -> str:
-    """A line that says what is going to be predicted."""
-    num_images = sum(experiment.info["split_sizes"][split] for split in PREDICTIONS)
+def _announcement(experiment: Experiment, trials: Sequence[TrialHistory], what: str) -> str:
+    """Return a line that says what is going to be predicted."""
     named = ", ".join(trial.trial_id for trial in trials[:NAMED_AT_MOST])
     more = len(trials) - NAMED_AT_MOST
     with_all = f"{named} and {more} more" if more > 0 else named
     why = "" if trials[0].has_predictions else " (stopped early, so they have weights and no predictions yet)"
-    return f"{experiment.name}: predicting {num_images:,} images with {with_all}{why}"
+    return f"{experiment.name}: predicting {what} with {with_all}{why}"
 
 
 def _images_of(experiment: Experiment, source: Source) -> SplitImages:
@@ -160,5 +194,5 @@ def _images_of(experiment: Experiment, source: Source) -> SplitImages:
 def _no_images(experiment: Experiment, cause: str) -> UsageError:
     return UsageError(
         f"Cannot predict with trials of {experiment.name}: {cause}. Fix: say where the images that it was trained on "
-        f"are now, with --data-dir or --dataset, or leave --include-stopped out."
+        f"are now, with --data-dir or --dataset, or leave --include-stopped out; --no-test needs no test images."
     )

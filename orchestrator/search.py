@@ -228,8 +228,9 @@ def ensemble_command(ledger: Ledger, args: argparse.Namespace) -> str:
     command += ["--top-k", str(min(5, completed) if completed > 1 else 2)]
     if completed < 2:
         command += ["--include-stopped"]
-        if args.data_dir != cli.DEFAULT_DATA_DIR:
-            command += ["--data-dir", args.data_dir]
+    predicts = completed < 2 or not ledger.experiment.info.get("predicts_test", True)
+    if predicts and args.data_dir != cli.DEFAULT_DATA_DIR:
+        command += ["--data-dir", args.data_dir]
     if Path(args.results_dir) != Path(DEFAULT_RESULTS_DIR):
         command += ["--results-dir", args.results_dir]
     return shlex.join(command)
