@@ -26,7 +26,7 @@ from results.store import TrialFiles
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages, subsample_train
 from trainables.evaluation import predicted_splits, predictions
-from trainables.loop import TrainState, train_epoch
+from trainables.loop import TrainState, train_epoch, train_steps
 from trainables.process import prepare_process
 from trainables.resident import ResidentImages
 from trainables.stored import best_predictions
@@ -39,37 +39,35 @@ SPEEDRUN = replace(
 )
 
 
-def stopped(data: ResidentImages, folder: Path, *, predicting: bool) -> Callable[[], float]:
-    """A trial that is stopped at its first rung; it returns the seconds that its epoch trained."""
+def training(data: ResidentImages) -> None:
+    """An epoch's steps."""
+    train_steps(SMALL, data, TrainState(SMALL, data), epoch=1)
 
-    def run() -> float:
-        files = TrialFiles(str(folder), f"t0000{int(predicting)}", 0)
-        files.resume.unlink(missing_ok=True)
-        result = next(run_trial(SMALL, data, files=files, rung_epochs=(1,)))
-        if predicting:
-            files.write_predictions(best_predictions(files, SMALL, data, [EstimatePredictions, TestPredictions]))
-        return result.epoch_seconds
 
-    return run
+def stopped(data: ResidentImages, folder: Path, *, predicting: bool) -> None:
+    """A trial that is stopped at its first rung."""
+    files = TrialFiles(str(folder), f"t0000{int(predicting)}", 0)
+    files.resume.unlink(missing_ok=True)
+    next(run_trial(SMALL, data, files=files, rung_epochs=(1,)))
+    if predicting:
+        files.write_predictions(best_predictions(files, SMALL, data, [EstimatePredictions, TestPredictions]))
 
 
 def at_a_rung(data: SplitImages, folder: Path, rounds: int) -> None:
     """Print what a stopped trial costs, and how much of that is not training."""
     images = ResidentImages.on("cpu", data)
     print(f"small_cnn, {len(data.train):,} images, stopped after an epoch: CPU-seconds (share that is not training)")
-    names = {"weights": False, "weights, and predictions of estimate and test": True}
-    trained: dict[str, list[float]] = {name: [] for name in names}
-
-    def noted(name: str, trial: Callable[[], float]) -> Callable[[], None]:
-        return lambda: trained[name].append(trial())
-
-    alternatives = {name: noted(name, stopped(images, folder, predicting=flag)) for name, flag in names.items()}
-    wall = in_turns(alternatives, rounds=rounds)
+    names = "weights", "weights, and predictions of estimate and test"
+    alternatives: dict[str, Callable[[], None]] = {
+        "steps": lambda: training(images),
+        names[0]: lambda: stopped(images, folder, predicting=False),
+        names[1]: lambda: stopped(images, folder, predicting=True),
+    }
     cpu = in_turns(alternatives, rounds=rounds, clock=time.process_time)
     for name in names:
-        share = statistics.median(1 - a / b for a, b in zip(trained[name][1:], wall[name], strict=False))
+        share = 1 - ratio(cpu, "steps", name)
         print(f"  {name:46} {statistics.median(cpu[name]):.2f} ({share:.2f})", flush=True)
-    _print_ratio(cpu, *reversed(names))
+    _print_ratio(cpu, names[1], names[0])
 
 
 def each_variant_alone(state: TrainState, data: ResidentImages, config: TrainConfig) -> None:
@@ -97,7 +95,7 @@ def at_the_end(data: SplitImages, folder: Path, rounds: int) -> None:
     cpu = in_turns(alternatives, rounds=rounds, clock=time.process_time)
     for name in names:
         print(f"  {name:46} {statistics.median(cpu[name]):.2f}")
-    _print_ratio(cpu, *reversed(names))
+    _print_ratio(cpu, names[1], names[0])
 
 
 def _print_ratio(seconds: Seconds, of: str, to: str) -> None:
@@ -113,7 +111,7 @@ def main() -> None:
     print(f"{machine('cpu')}; {versions()}")
     data = noise(5_000 if quick else 50_000, val_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:
-        at_a_rung(subsample_train(data, 0.1), Path(folder), 1 if quick else 5)
+        at_a_rung(subsample_train(data, 0.1), Path(folder), 1 if quick else 3)
         at_the_end(data, Path(folder), 1 if quick else 3)
 
 
