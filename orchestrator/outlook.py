@@ -1,68 +1,94 @@
-"""What is found out before the first trial of a search or of a training by workers: its number type."""
+"""What is found out and printed before a training begins in this process: its number type and how long it will take."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
-from orchestrator import cli
-from orchestrator.cost import training_seconds
-from orchestrator.measuring import place_of_trials
+from orchestrator.cost import Left, estimate_search
+from orchestrator.cost_lines import training_line
 from orchestrator.plan import SearchPlan
-from orchestrator.precision_choice import choose_precision, precision_line
-from orchestrator.searcher import Resources
+from orchestrator.precision_choice import (
+    MOST_NETWORKS,
+    Measures,
+    NotMeasured,
+    choose_precision,
+    networks_of,
+    precision_line,
+)
+from results.store import Experiment
 from trainables.config import TrainConfig
-from trainables.datasets import SplitImages
-from trainables.step_timing import Speed
+from trainables.resident import TrainingImages
+from trainables.step_timing import ROUNDS, Meter, Speed
+
+Speeds = dict[TrainConfig, Speed]
 
 
-def of_search(
-    plan: SearchPlan, data: SplitImages, resources: Resources, *, address: str | None, console: Console
-) -> SearchPlan:
-    """The plan of a new search with its precision decided, which is printed where it was measured."""
+@dataclass(frozen=True)
+class Remembering:
+    """Measures no speed twice."""
 
-    def expected(networks: Sequence[TrainConfig], speeds: Sequence[Speed]) -> float:
-        course = plan.make_halving().course
-        seconds = [training_seconds(c, course, data, speed) for c, speed in zip(networks, speeds, strict=True)]
-        return plan.num_trials_in_all * sum(seconds) / len(seconds) / resources.max_concurrent
+    meter: Measures
+    known: Speeds = field(default_factory=dict)
 
-    with place_of_trials(
-        data, device=resources.device, address=address, threads=resources.cpus, check=cli.INTERRUPTS.check
-    ) as place:
-        choice = choose_precision(
-            plan, device=resources.device, meter=place.meter, expected_seconds=expected, why_not=place.why_not
-        )
-    if line := precision_line(choice):
-        console.print(line, highlight=False, soft_wrap=True)
-    return replace(plan, precision=choice)
+    def speed(self, config: TrainConfig) -> Speed:
+        """See Measures."""
+        if config not in self.known:
+            self.known[config] = self.meter.speed(config)
+        return self.known[config]
+
+    def bfloat16_ratios(self, config: TrainConfig, *, least: float = 0.0, rounds: int = ROUNDS) -> list[float]:
+        """See Measures."""
+        return self.meter.bfloat16_ratios(config, least=least, rounds=rounds)
 
 
-def of_workers(
+def measured(plan: SearchPlan, meter: Measures | None) -> Speeds:
+    """Return the speed of each network that a plan may train; nothing where it cannot be measured."""
+    networks = networks_of(plan.space)
+    if meter is None or len(networks) > MOST_NETWORKS:
+        return {}
+    try:
+        return {config: meter.speed(config) for config in networks}
+    except NotMeasured:
+        return {}
+
+
+def of_training(
     plan: SearchPlan,
-    data: SplitImages,
-    device: str,
-    num_workers: int,
-    args: argparse.Namespace,
+    images: TrainingImages,
     *,
+    experiment: Experiment | None,
     threads: int,
     console: Console,
+    check: Callable[[], None],
 ) -> SearchPlan:
-    """The plan of a new training by workers with its precision decided, by steps on a worker's share of a batch."""
-    share = max(2, plan.space.base.batch_size // num_workers)
-    of_one = replace(plan, overrides={**plan.overrides, "batch_size": share, "accumulation_steps": 1})
+    """Print how long the trainings of a plan, or the rest of them, will take one after the other on a CPU.
 
-    def expected(networks: Sequence[TrainConfig], speeds: Sequence[Speed]) -> float:
-        return training_seconds(plan.space.base, plan.make_halving().course, data, speeds[0])
+    Returns the plan; that of a new experiment with its precision decided, unless another experiment has decided it.
+    `check` ends the measurement with what it raises.
+    """
+    left = Left.of(plan, None if experiment is None else experiment.history)
+    if not left.num_trials:
+        return plan
+    meter = Remembering(Meter(images, threads, check)) if images.device == "cpu" else None
 
-    with place_of_trials(
-        data, device=device, address=args.address, threads=threads, check=cli.INTERRUPTS.check
-    ) as place:
-        choice = choose_precision(
-            of_one, device=device, meter=place.meter, expected_seconds=expected, why_not=place.why_not
-        )
-    if line := precision_line(choice):
+    def seconds(networks: Sequence[TrainConfig], speeds: Sequence[Speed]) -> float:
+        known = dict(zip(networks, speeds, strict=True))
+        return estimate_search(plan, images.split, known, workers=1, cpus=threads, left=left).wall_seconds
+
+    if experiment is None and plan.precision is None:
+        choice = choose_precision(plan, device=images.device, meter=meter, expected_seconds=seconds)
+        print_line(console, precision_line(choice))
+        plan = replace(plan, precision=choice)
+    speeds = measured(plan, meter)
+    if speeds:
+        print_line(console, training_line(plan, left, seconds(list(speeds), list(speeds.values())), cpus=threads))
+    return plan
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line, if there is one."""
+    if line:
         console.print(line, highlight=False, soft_wrap=True)
-    return replace(plan, precision=choice)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator import cli, driver, outlook
+from orchestrator import cli, driver, search_outlook
 from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
@@ -143,8 +143,8 @@ def drive(
         check_reachable(args.results_dir)
         for config in plan.space.corners():
             check_trainable(config, data, device=resources.device)
+        plan = search_outlook.of_search(plan, data, resources, args, experiment=experiment, console=console)
         if experiment is None:
-            plan = outlook.of_search(plan, data, resources, address=args.address, console=console)
             experiment = driver.begin(args, plan, data, name=experiment_name(args, plan))
             stack.enter_context(experiment.driving())
         else:

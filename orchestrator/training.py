@@ -6,19 +6,15 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 
 import torch
 from rich.console import Console
 
-from orchestrator import cli, driver
-from orchestrator.cost import training_seconds
+from orchestrator import cli, driver, outlook
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.precision_choice import choose_precision, precision_line
 from orchestrator.training_console import TrainingConsole
 from results.events import ExperimentStopped
 from results.schema import UsageError
@@ -30,7 +26,6 @@ from trainables.loop import TrainState
 from trainables.memory import DoesNotFit
 from trainables.process import prepare_process
 from trainables.resident import TrainingImages, WatchedImages
-from trainables.step_timing import Meter, Speed
 from trainables.trial import images_on, run_trial
 
 Teach = Callable[[TrainingImages], TrainingImages]
@@ -74,8 +69,15 @@ def drive(
     with ExitStack() as stack:
         stack.enter_context(cli.INTERRUPTS.deferred())
         images = WatchedImages(teach(images_on(device, data, config=plan.space.base)), cli.INTERRUPTS.check)
+        plan = outlook.of_training(
+            plan,
+            images,
+            experiment=experiment,
+            threads=torch.get_num_threads(),
+            console=console,
+            check=cli.INTERRUPTS.check,
+        )
         if experiment is None:
-            plan = _with_precision(plan, images, console)
             experiment = driver.begin(args, plan, data, name=name)
             stack.enter_context(experiment.driving())
         else:
@@ -86,27 +88,6 @@ def drive(
             _train_all(ledger, images, console)
         experiment.record(ExperimentStopped(at=time.time(), state="finished"))
     return experiment
-
-
-def _with_precision(plan: SearchPlan, images: TrainingImages, console: Console) -> SearchPlan:
-    """The plan of a new experiment with its precision decided, unless another experiment has decided it."""
-    if plan.precision is not None:
-        return plan
-    meter = Meter(images, torch.get_num_threads(), cli.INTERRUPTS.check)
-    choice = choose_precision(
-        plan, device=images.device, meter=meter, expected_seconds=partial(_seconds_of_all, plan, images.split)
-    )
-    if line := precision_line(choice):
-        console.print(line, highlight=False, soft_wrap=True)
-    return replace(plan, precision=choice)
-
-
-def _seconds_of_all(
-    plan: SearchPlan, split: SplitImages, networks: Sequence[TrainConfig], speeds: Sequence[Speed]
-) -> float:
-    """What the trainings take one after the other; all of them train one network."""
-    course = plan.make_halving().course
-    return plan.num_trials_in_all * training_seconds(networks[0], course, split, speeds[0])
 
 
 def _train_all(ledger: Ledger, images: TrainingImages, console: Console) -> None:

@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from orchestrator import cli, driver, outlook
+from orchestrator import cli, driver, search_outlook
 from orchestrator.ledger import Assignment, Ledger
 from orchestrator.plan import EXECUTION, SearchPlan
 from orchestrator.ray_cluster import check_reachable, cluster_room, ray_cluster
@@ -95,7 +95,7 @@ def drive(
         check_trainable(plan.space.base, data, device=device, num_workers=workers.most)
         check_reachable(args.results_dir)
         if experiment is None:
-            plan = outlook.of_workers(plan, data, device, workers.most, args, threads=threads, console=console)
+            plan = search_outlook.of_workers(plan, data, device, workers.most, args, threads=threads, console=console)
             experiment = driver.begin(args, plan, data, name=name)
             stack.enter_context(experiment.driving())
         else:
