@@ -32,16 +32,21 @@ def images_evaluated(config: TrainConfig, split: SplitImages) -> int:
 
 
 def images_predicted_at_the_end(config: TrainConfig, split: SplitImages) -> int:
-    """Images predicted for what a trial that was trained to its end stores, each view counted."""
-    held_out = len(split.select) + len(split.estimate) + len(split.test)
+    """Images predicted for what a trial that was trained to its end stores, each view counted.
+
+    What the last weights make of select is known by then. A mean of snapshots has its batch norms' statistics renewed,
+    which is a pass over the training images; the greedy soup tries a mean for each further snapshot.
+    """
+    unknown = len(split.estimate) + len(split.test)
+    held_out = len(split.select) + unknown
     views = NUM_VIEWS[config.test_time_augmentation]
-    seen_from_views = held_out * views if views > 1 else 0
-    predicted = held_out - len(split.select) + seen_from_views
+    predicted = unknown if views == 1 else held_out * views
     if config.ema_decay:
-        predicted += held_out + seen_from_views
+        predicted += unknown
     snapshots = sum(is_snapshot(epoch, config) for epoch in range(1, config.max_epochs + 1))
-    averages = 2 if snapshots > 1 else 0  # the mean of all, and that of some
-    return predicted + (snapshots + averages) * held_out
+    if snapshots > 1:
+        predicted += snapshots * len(split.train) + (snapshots - 1) * len(split.select) + 2 * held_out
+    return predicted + snapshots * held_out
 
 
 def course_seconds(config: TrainConfig, course: Iterable[Leg], split: SplitImages, speed: Speed) -> list[float]:
