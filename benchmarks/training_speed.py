@@ -1,10 +1,12 @@
-"""Training against the bare loop, the input part against a DataLoader, each execution switch, images/s per backbone.
+"""Training against the bare loop, precision=auto against float32, the input part against a DataLoader, each execution
+switch, images/s per backbone.
 
-    python benchmarks/training_speed.py [--quick]
+    python benchmarks/training_speed.py [--quick] [--only PART ...]
 
 One thread of a CPU; alternatives run in turns, and ratios are medians over the rounds. The bare loop is forward,
-backward and optimizer step on one fixed batch of floats, with nothing around it; training is whole epochs with
-everything but evaluation: draws, augmentation, mixing, figures. Images are noise of CIFAR-100's shape.
+backward and optimizer step in the same number type on one fixed batch of floats, with nothing around it; training is
+whole epochs with everything but evaluation: draws, augmentation, mixing, figures. Images are noise of CIFAR-100's
+shape. Training is timed by the CPU time of its thread, which other processes disturb less than the wall clock.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, split, subsample_train
 from trainables.loop import TrainState, train_steps
+from trainables.precision import LEAST_GAIN, autocast
 from trainables.process import prepare_process
+from trainables.recipes import SPEEDRUN
 from trainables.resident import ResidentImages, memory_format
+from trainables.step_timing import Meter
 
 BATCH = 128
 USUAL = TrainConfig(
@@ -48,6 +53,12 @@ AGAINST_BARE = (
     ("efficient200k", "crop, flip, cutout, mixup", USUAL, 0.95),
     ("speedrun_cnn", "crop, flip, cutout, mixup", USUAL, 0.95),
     ("efficient200k", "the same and AutoAugment", POLICY, 0.90),
+    ("small_cnn", "the first, in bfloat16", replace(USUAL, precision="bfloat16"), 0.95),
+    ("speedrun_cnn", "the first, in bfloat16", replace(USUAL, precision="bfloat16"), 0.95),
+)
+AUTO_AGAINST_FLOAT32 = (
+    ("speedrun_cnn", replace(SPEEDRUN, initial_image_size=None, max_epochs=10_000, val_fraction=0.0), 1.5),
+    ("small_cnn", USUAL, 1.35),
 )
 SWITCHES: dict[str, dict[str, object]] = {
     "channels_last off": {"channels_last": False},
@@ -98,7 +109,7 @@ def bare_loop(
     )
 
     def loss_of(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(data.device, dtype=torch.bfloat16, enabled=data.device == "cuda"):
+        with autocast(config.precision, data.device):
             logits = net(images)
         return cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
 
@@ -133,12 +144,35 @@ def against_the_bare_loop(rounds: int, steps: int) -> None:
     for backbone, what, config, wanted in AGAINST_BARE:
         config = replace(config, backbone=backbone)
         seconds = in_turns(
-            {"bare": bare_loop(config, data, steps=steps), "training": training(config, data)}, rounds=rounds
+            {"bare": bare_loop(config, data, steps=steps), "training": training(config, data)},
+            rounds=rounds,
+            clock=time.thread_time,
         )
         print(
             f"  {backbone:14} {what:26} {ratio(seconds, 'bare', 'training'):.3f} "
             f"({spread(seconds, 'bare', 'training')}; goal {wanted})  "
             f"{rate(seconds, 'training', images=steps * BATCH):,.0f} images/s",
+            flush=True,
+        )
+
+
+def auto_against_float32(rounds: int, steps: int) -> None:
+    """Print what precision=auto decides here for a long run, and how fast whole training then is."""
+    print("precision=auto against float32, batch sizes of the recipes")
+    for backbone, config, wanted in AUTO_AGAINST_FLOAT32:
+        config = replace(config, backbone=backbone)
+        data = ResidentImages.on("cpu", noise(steps * config.batch_size))
+        worst = min(Meter(data, 1).bfloat16_ratios(config, least=LEAST_GAIN))
+        auto = replace(config, precision="bfloat16" if worst >= LEAST_GAIN else "float32")
+        alternatives = {
+            "float32": training(replace(config, precision="float32"), data),
+            "auto": training(auto, data),
+        }
+        seconds = in_turns(alternatives, rounds=rounds, clock=time.thread_time)
+        print(
+            f"  {backbone:14} {auto.precision} (worst of the measured steps {worst:.2f})  "
+            f"{ratio(seconds, 'float32', 'auto'):.3f} times as fast ({spread(seconds, 'float32', 'auto')}; "
+            f"goal {wanted})  {rate(seconds, 'auto', images=steps * config.batch_size):,.0f} images/s",
             flush=True,
         )
 
@@ -248,15 +282,22 @@ def main() -> None:
     """Run every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that everything runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
+    args = parser.parse_args()
     prepare_process(threads=1)
     print(f"{machine('cpu')}; {versions()}")
-    rounds, steps = (1, 2) if quick else (7, 12)
-    against_the_bare_loop(rounds, steps)
-    the_input_part(rounds, steps * BATCH * 2)
-    each_switch(1 if quick else 3, steps)
-    each_backbone(1 if quick else 3)
-    share_of_evaluation((0.01,) if quick else (0.1, 1.0))
+    for name in args.only:
+        PARTS[name](args.quick)
+
+
+PARTS: dict[str, Callable[[bool], None]] = {
+    "bare": lambda quick: against_the_bare_loop(*((1, 2) if quick else (7, 12))),
+    "auto": lambda quick: auto_against_float32(*((1, 1) if quick else (7, 4))),
+    "input": lambda quick: the_input_part(*((1, 4 * BATCH) if quick else (7, 24 * BATCH))),
+    "switches": lambda quick: each_switch(*((1, 2) if quick else (3, 12))),
+    "backbones": lambda quick: each_backbone(1 if quick else 3),
+    "evaluation": lambda quick: share_of_evaluation((0.01,) if quick else (0.1, 1.0)),
+}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from orchestrator.plan import SearchPlan
 from results.schema import DataWarning
 from search_spaces.space import SearchSpace
 from trainables.config import TrainConfig
-from trainables.precision import PrecisionChoice, resolved
+from trainables.precision import LEAST_GAIN, PrecisionChoice, resolved
 from trainables.step_timing import ROUNDS, Speed
 
-LEAST_GAIN = 1.15
 SHORT_RUN_SECONDS = 600.0
 ROUNDS_OF_A_CHECK = 3
 MOST_NETWORKS = 6

@@ -12,6 +12,8 @@ from torch import Tensor
 from results.schema import UsageError
 from trainables.config import TrainConfig
 
+LEAST_GAIN = 1.15
+"""How many times as fast as in float32 steps in bfloat16 have to be, for bfloat16 to be used on a CPU."""
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
