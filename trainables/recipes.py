@@ -184,7 +184,7 @@ SPEEDRUN = TrainConfig(
     warmup_epochs=2,
     stem_epochs=3,
     weight_decay=0.01,
-    ema_decay=0.99,
+    ema_decay=0.97,
     label_smoothing=0.2,
     cutmix_alpha=1.0,
     cutmix_probability=0.25,
@@ -192,6 +192,7 @@ SPEEDRUN = TrainConfig(
     crop_fill="reflect",
     alternating_flip=True,
     initial_image_size=24,
+    full_size_at=0.5,
     test_time_augmentation="flip",
 )
 
