@@ -267,10 +267,12 @@ def test_begun_anew_an_optimizer_is_as_good_as_new(optimizer: str) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))
-def test_muon_makes_matrices_nearly_orthogonal(rows: int, columns: int, seed: int) -> None:
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5), st.sampled_from((torch.float32, torch.bfloat16)))
+def test_muon_makes_matrices_nearly_orthogonal(rows: int, columns: int, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    singular_values = torch.linalg.svdvals(orthogonalized(torch.randn(2, rows, columns)))
+    found = orthogonalized(torch.randn(2, rows, columns), dtype=dtype)
+    assert found.dtype == torch.float32
+    singular_values = torch.linalg.svdvals(found)
     well_conditioned = singular_values.shape[1] < max(rows, columns)
     assert singular_values.max() < 1.25
     if well_conditioned:

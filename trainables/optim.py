@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.config import TrainConfig
+from trainables.precision import weights_type
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -30,9 +31,17 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, lr: float | Tensor, momentum: float, nesterov: bool
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float | Tensor,
+        momentum: float,
+        nesterov: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`dtype`: the number type in which updates are made orthogonal."""
         super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
@@ -50,19 +59,19 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum) if nesterov else buffers
-        matrices_LRC = orthogonalized(torch.stack([update.flatten(1) for update in updates]))
+        matrices_LRC = orthogonalized(torch.stack([update.flatten(1) for update in updates]), dtype=self._dtype)
         scale = ADAM_RMS * max(matrices_LRC.shape[1:]) ** 0.5
         for parameter, matrix_RC in zip(parameters, matrices_LRC * (lr * scale), strict=True):
             parameter.sub_(matrix_RC.reshape(parameter.shape))
 
 
-def orthogonalized(matrices_LRC: Tensor) -> Tensor:
-    """Each matrix's nearest (semi-)orthogonal one, roughly: singular values of about 0.7 to 1.2 (Jordan et al. 2024).
+def orthogonalized(matrices_LRC: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return, roughly, each matrix's nearest (semi-)orthogonal one: singular values of 0.7 to 1.2 (Jordan et al. 2024).
 
-    A quintic Newton-Schulz iteration, in bfloat16 on a GPU.
+    A quintic Newton-Schulz iteration, computed in `dtype`.
     """
     a, b, c = NEWTON_SCHULZ
-    work = matrices_LRC.bfloat16() if matrices_LRC.device.type == "cuda" else matrices_LRC
+    work = matrices_LRC.to(dtype)
     tall = work.shape[1] > work.shape[2]
     x = work.mT if tall else work
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -102,7 +111,9 @@ class Optimization:
                 )
             ]
             if matrices:
-                self.optimizers.append(Muon(matrices, lr=0.0, momentum=momentum, nesterov=nesterov))
+                low = device == "cuda" or config.precision == "bfloat16"
+                dtype = torch.bfloat16 if low else weights_type(config.precision)
+                self.optimizers.append(Muon(matrices, lr=0.0, momentum=momentum, nesterov=nesterov, dtype=dtype))
         self.weight_decay, self.gradient_clip = torch.zeros(2, device=device)
         for group in self._all_groups():
             group["lr"] = torch.zeros((), device=device) if self._tensors else 0.0
