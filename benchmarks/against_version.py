@@ -15,11 +15,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def other_version(commit: str) -> Iterator[Path]:
+    """A temporary folder with another commit's code."""
+    with tempfile.TemporaryDirectory() as temporary:
+        code = Path(temporary) / "other"
+        subprocess.run(["git", "worktree", "add", "--detach", code, commit], cwd=HERE, check=True)
+        try:
+            yield code
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", code], cwd=HERE, check=True)
 
 
 def trials_per_hour(code: Path, folder: Path, *, name: str, arguments: list[str]) -> float:
@@ -44,28 +58,24 @@ def main() -> None:
     parser.add_argument("--num-trials", type=int, default=8)
     args = parser.parse_args()
     ratios = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, other_version(args.commit) as other:
         folder = Path(temporary)
-        subprocess.run(["git", "worktree", "add", "--detach", folder / "other", args.commit], cwd=HERE, check=True)
-        try:
-            for number in range(args.rounds):
-                rates = {
-                    version: trials_per_hour(
-                        code,
-                        folder,
-                        name=f"{version}-{number}",
-                        arguments=[
-                            *("--data-dir", str(Path(args.data_dir).absolute()), "--backbone", args.backbone),
-                            *("--train-fraction", "0.1", "--max-epochs", "3", "--halving", "none"),
-                            *("--num-trials", str(args.num_trials), "--device", "cpu"),
-                        ],
-                    )
-                    for version, code in (("other", folder / "other"), ("this", HERE))
-                }
-                ratios.append(rates["this"] / rates["other"])
-                print(f"this {rates['this']:.0f}, {args.commit} {rates['other']:.0f} trials per hour", flush=True)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", folder / "other"], cwd=HERE, check=True)
+        for number in range(args.rounds):
+            rates = {
+                version: trials_per_hour(
+                    code,
+                    folder,
+                    name=f"{version}-{number}",
+                    arguments=[
+                        *("--data-dir", str(Path(args.data_dir).absolute()), "--backbone", args.backbone),
+                        *("--train-fraction", "0.1", "--max-epochs", "3", "--halving", "none"),
+                        *("--num-trials", str(args.num_trials), "--device", "cpu"),
+                    ],
+                )
+                for version, code in (("other", other), ("this", HERE))
+            }
+            ratios.append(rates["this"] / rates["other"])
+            print(f"this {rates['this']:.0f}, {args.commit} {rates['other']:.0f} trials per hour", flush=True)
     print(f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 

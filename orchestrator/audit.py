@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, spearmanr
 
 CONTROLS = 4  # the stream of randomness that chooses them
 FEWEST = 10
@@ -43,6 +42,8 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """The equal-tailed interval of a Beta(1/2, 1/2) prior; exact at the ends."""
+        from scipy.stats import beta  # slow to import, and wanted at the end of a search
+
         low, high = beta.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], self.successes + 0.5, self.of - self.successes + 0.5)
         return (0.0 if self.successes == 0 else float(low), 1.0 if self.successes == self.of else float(high))
 
@@ -138,6 +139,8 @@ def _correlation(value: pd.Series, final: pd.Series) -> float | None:
     """Spearman's rank correlation; None below FEWEST controls or where one side does not vary."""
     if len(value) < FEWEST or value.nunique() < 2 or final.nunique() < 2:
         return None
+    from scipy.stats import spearmanr
+
     return float(spearmanr(value, final).statistic)
 
 

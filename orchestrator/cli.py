@@ -49,11 +49,11 @@ class Interrupts:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Within the block signals are only noted, for `check`."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     @property
     def arrived(self) -> bool:

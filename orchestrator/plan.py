@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import json_to_distribution
 
@@ -20,7 +20,9 @@ from search_spaces.space import OBJECTIVES, NamedSpace, SearchSpace, is_within
 from trainables.backbones import check_backbone
 from trainables.config import ANNOTATIONS, TrainConfig
 from trainables.datasets import SplitImages
-from trainables.precision import PrecisionChoice
+
+if TYPE_CHECKING:
+    from trainables.precision import PrecisionChoice
 
 FIXED = ("seed", "halving", "control_fraction")
 MAY_CHANGE = ("base.dataset ", "budget.num_trials ", "budget.max_total_epochs ", "budget.max_seconds ")
@@ -287,6 +289,8 @@ def resumed(
 def recorded_precision(info: Mapping[str, Any]) -> PrecisionChoice | None:
     """What an experiment resolved `precision=auto` to; None for experiments that did not record it."""
     recorded = info.get("precision")
+    from trainables.precision import PrecisionChoice  # and torch, which a new plan can do without
+
     return None if recorded is None else PrecisionChoice(**recorded)
 
 

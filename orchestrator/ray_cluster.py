@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import ray
+import ray._private.utils as ray_utils
+from ray._private.node import Node
 from ray._private.state import state as ray_state
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator import cli
 from orchestrator.growth import NODE_TYPE_LABEL, most_resources
 from results.objects import is_remote
 from results.schema import UsageError
-from trainables.tune_trial import worker_environment
 
 PROBE_SECONDS = 5.0
 SECONDS_TO_ANSWER = 60.0
@@ -32,38 +36,143 @@ TUNE_SETTINGS = {
 }
 
 
+LOCAL_SETTINGS = {
+    "RAY_worker_niceness": "0",  # by default 15: next to other work they would hardly start
+    "RAY_prestart_worker_first_driver": "0",  # one a CPU, of which Tune uses none
+}
+UNUSED_DAEMONS = ("start_monitor", "start_log_monitor", "start_api_server")
+QUIET = {"log_to_driver": False, "logging_level": "error"}
+
+
+def worker_environment(*, threads: int) -> dict[str, str]:
+    """Variables that a worker's process must have before torch is imported: idle OpenMP threads otherwise spin."""
+    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+
+
 @contextmanager
 def ray_cluster(address: str | None, *, threads: int) -> Iterator[None]:
     """Be connected to a cluster, or to a local one of its own whose workers inherit this process's environment.
 
     `threads`: of a trial's arithmetic. Raises UsageError when there is no cluster at the address.
     """
-    environment = worker_environment(threads=threads)
-    os.environ.update(TUNE_SETTINGS)
-    address = address or os.environ.get("RAY_ADDRESS")
-    check_address(address)
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address:
-        try:
-            ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
-        except (OSError, ValueError) as error:
-            raise UsageError(_nobody_answers(address, str(error))) from error
-        except AuthenticationError as error:
-            raise UsageError(
-                f"--address {address}: the cluster wants a token that this process has not; give the one in "
-                f"~/.ray/auth_token of its head, and RAY_AUTH_MODE=token"
-            ) from error
-        except RuntimeError as error:
-            if "Version mismatch" not in str(error):
-                raise
-            raise UsageError(f"--address {address}: {_versions(str(error))}") from error
-    else:
-        os.environ.update(environment)
-        ray.init(address="local", include_dashboard=False, **quiet)
+    with ClusterStart(address, threads=threads) as start:
+        start.finish()
+        yield
+
+
+class ClusterStart:
+    """A connection to a Ray cluster that is being made: `finish` waits for it, the end of the block closes it.
+
+    A local cluster, which takes seconds to start, starts in the background when the block begins. `threads`: of a
+    trial's arithmetic.
+    """
+
+    def __init__(self, address: str | None, *, threads: int) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._environment = worker_environment(threads=threads)
+        self._local = None if self._address else LocalRay()
+
+    def __enter__(self) -> ClusterStart:
+        os.environ.update(TUNE_SETTINGS)
+        if self._local:
+            os.environ.update(self._environment)
+            for name, value in LOCAL_SETTINGS.items():
+                os.environ.setdefault(name, value)
+            self._local.start()
+        return self
+
+    def finish(self) -> None:
+        """Wait until the cluster is there. Raises UsageError when there is none at the address."""
+        if self._local:
+            self._local.wait()
+        else:
+            assert self._address is not None
+            connect(self._address, self._environment)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with cli.INTERRUPTS.deferred():
+            if self._local:
+                self._local.stop()
+            else:
+                ray.shutdown()
+
+
+@contextmanager
+def fewer_daemons() -> Iterator[None]:
+    """Start Ray without what a local training has no use for: autoscaler, log monitor, API server, dashboard's agent.
+
+    Each takes 1 to 2 s of a CPU, and on a busy machine Ray gives up: it waits no longer than 15 s for the agent. Ray
+    has no public switches for them; a version that does not have what is replaced here starts them all.
+    """
+    nothing = {name: lambda *_, **__: None for name in UNUSED_DAEMONS}
+    agent = {"get_dashboard_dependency_error": lambda: ImportError("not wanted")}
+    with replaced(Node, nothing), replaced(ray_utils, agent):
+        yield
+
+
+@contextmanager
+def replaced(owner: object, replacements: Mapping[str, object]) -> Iterator[None]:
+    """Within the block, attributes that an object has are others."""
+    before = {name: getattr(owner, name) for name in replacements if hasattr(owner, name)}
+    for name in before:
+        setattr(owner, name, replacements[name])
     try:
         yield
     finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+class LocalRay(threading.Thread):
+    """Ray on this machine, for this process. All that is Ray's starts and ends in this thread.
+
+    The kernel kills Ray's daemons when the thread that started them ends (PR_SET_PDEATHSIG), so it stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="ray", daemon=True)
+        self._ready, self._over = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Start Ray, and stop it when it is no longer needed."""
+        try:
+            with fewer_daemons():
+                ray.init(address="local", include_dashboard=False, **QUIET)
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            self._error = error
+        self._ready.set()
+        self._over.wait()
         ray.shutdown()
+
+    def wait(self) -> None:
+        """Wait until Ray runs. Raises what kept it from starting."""
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Stop Ray, also one that is still starting, and wait until it has stopped."""
+        self._over.set()
+        self.join()
+
+
+def connect(address: str, environment: dict[str, str]) -> None:
+    """Connect to a running cluster whose workers get an environment. Raises UsageError when there is none."""
+    try:
+        check_address(address)
+        ray.init(address=address, runtime_env={"env_vars": environment}, **QUIET)
+    except (OSError, ValueError) as error:
+        raise UsageError(_nobody_answers(address, str(error))) from error
+    except AuthenticationError as error:
+        raise UsageError(
+            f"--address {address}: the cluster wants a token that this process has not; give the one in "
+            f"~/.ray/auth_token of its head, and RAY_AUTH_MODE=token"
+        ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise UsageError(f"--address {address}: {_versions(str(error))}") from error
 
 
 def check_address(address: str | None) -> None:

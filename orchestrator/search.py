@@ -17,20 +17,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator import cli, driver, search_outlook
+from orchestrator import cli, driver
 from orchestrator.console import SearchConsole, print_audit, print_summary
 from orchestrator.halving import HALVINGS
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SearchPlan
-from orchestrator.ray_cluster import check_address, check_reachable, ray_cluster
-from orchestrator.searcher import choose_resources, fit, must_grow
+from orchestrator.ray_cluster import ClusterStart, check_address, check_reachable
 from orchestrator.warm_start import load_warm_start
 from results.events import ExperimentStopped
 from results.history import TrialHistory
 from results.store import DEFAULT_RESULTS_DIR, Experiment
 from search_spaces.space import load_space
 from trainables.datasets import SplitImages
-from trainables.learner import check_trainable
 
 DEFAULT_SEED = 0
 DEFAULT_KEEP_CHECKPOINTS = 50
@@ -123,14 +121,20 @@ def drive(
     args: argparse.Namespace,
     console: Console,
     *,
+    cluster: ClusterStart,
     warm: Sequence[TrialHistory] = (),
 ) -> Ledger:
     """Search as the experiment's one driver; a new experiment is made once Ray has what the trials want."""
+    # These import torch and Ray Tune, which takes seconds in which Ray starts.
+    from orchestrator import search_outlook
+    from orchestrator.searcher import choose_resources, fit, must_grow
+    from trainables.learner import check_trainable
+
     with ExitStack() as stack:
         stack.enter_context(cli.INTERRUPTS.deferred())
         if experiment is not None:
             stack.enter_context(experiment.driving())
-        stack.enter_context(ray_cluster(args.address, threads=args.cpus_per_trial))
+        cluster.finish()
         cli.INTERRUPTS.listen()  # Ray has installed handlers of its own
         cli.INTERRUPTS.check()
         resources = choose_resources(
@@ -184,16 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
     name = experiment_name(args, plan)
     check_address(args.address)
     experiment, plan = driver.open_or_check_new(args, plan, name)
-    data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
-    warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash, resuming=args.resume)
-    for line in warm.lines:
-        console.print(line, highlight=False, soft_wrap=True)
-    try:
-        ledger = drive(experiment, plan, data, args, console, warm=warm.trials)
-    except cli.Interrupted:
-        return driver.interrupted(args, name, console)
-    except OSError as error:
-        return driver.stopped_by(args, error)
+    with ClusterStart(args.address, threads=args.cpus_per_trial) as cluster:
+        data = driver.load_and_announce(args, plan, experiment, name=name, console=console)
+        warm = load_warm_start(args.results_dir, plan, split_hash=data.split_hash, resuming=args.resume)
+        for line in warm.lines:
+            console.print(line, highlight=False, soft_wrap=True)
+        try:
+            ledger = drive(experiment, plan, data, args, console, cluster=cluster, warm=warm.trials)
+        except cli.Interrupted:
+            return driver.interrupted(args, name, console)
+        except OSError as error:
+            return driver.stopped_by(args, error)
     print_summary(console, ledger)
     print_audit(console, ledger)
     return conclude(ledger, args, console)

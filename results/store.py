@@ -17,9 +17,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -51,6 +50,9 @@ from results.schema import (
 from results.study import objectives_of, rebuild_study
 from results.trial_files import Superseded as Superseded
 from results.trial_files import TrialFiles as TrialFiles
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_RESULTS_DIR = "results/runs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

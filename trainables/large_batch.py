@@ -27,7 +27,7 @@ from ray.train.torch.config import _TorchBackend
 from results.files import DISK_FULL
 from results.objects import Unreachable
 from results.schema import EpochResult, UsageError
-from results.store import TrialFiles
+from results.trial_files import TrialFiles
 from trainables.background import BackgroundWriter
 from trainables.config import TrainConfig
 from trainables.course import legs_from

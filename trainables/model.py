@@ -6,11 +6,13 @@ Shape suffixes: N images, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from trainables.backbones import BACKBONES, initialize_from_images, takes_images
 from trainables.config import TrainConfig
@@ -80,6 +82,30 @@ def evenly_spread(count: int, sample: int) -> np.ndarray[tuple[int], np.dtype[np
 def multiply_adds(model: nn.Module, *, channels: int, image_size: int) -> int:
     """Multiply-adds of one image's forward pass (convolutions and matrix products)."""
     model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with OperationCounter() as counter, torch.no_grad():
         model(torch.zeros(1, channels, image_size, image_size))
-    return int(counter.get_total_flops()) // 2
+    return counter.operations // 2
+
+
+class OperationCounter(TorchDispatchMode):
+    """Sums the floating-point operations of convolutions and matrix products, as torch's FlopCounterMode does.
+
+    FlopCounterMode imports torch's compiler, which takes 3 s of a CPU in every worker.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """See TorchDispatchMode: nothing here is ever compiled, so there is no compiler to keep out."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See TorchDispatchMode."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.operations += int(count(*args, **(kwargs or {}), out_val=out))
+        return out

@@ -7,8 +7,9 @@ decay and the gradient's largest norm are tensors that a new trial overwrites in
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,24 @@ ADAM_RMS = 0.2
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
+
+
+def never_compiled(kind: type[Kind]) -> type[Kind]:
+    """Return a kind of optimizer without torch's guards against being compiled, for steps taken under `no_grad`.
+
+    The guards import the compiler when the optimizer is made: 3 s of a CPU in every worker. `step` no longer switches
+    gradients off.
+    """
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "__module__": __name__, **methods})
+
+
+SGD = never_compiled(torch.optim.SGD)
+AdamW = never_compiled(torch.optim.AdamW)
+
+
+@never_compiled
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024, "Muon").
 
@@ -99,16 +118,14 @@ class Optimization:
         self.optimizers: list[torch.optim.Optimizer]
         if config.optimizer == "sgd":
             self.optimizers = [
-                torch.optim.SGD([*body_groups, *head_groups], lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
+                SGD([*body_groups, *head_groups], lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
             ]
         else:
             of_muon = [g["matrices"] and config.optimizer == "muon" for g in body_groups]
             matrices = [g for g, it_is in zip(body_groups, of_muon, strict=True) if it_is]
             others = [g for g, it_is in zip(body_groups, of_muon, strict=True) if not it_is] + head_groups
             self.optimizers = [
-                torch.optim.AdamW(
-                    others, lr=0.0, betas=ADAM_BETAS, weight_decay=0.0, fused=fused, capturable=self._tensors
-                )
+                AdamW(others, lr=0.0, betas=ADAM_BETAS, weight_decay=0.0, fused=fused, capturable=self._tensors)
             ]
             if matrices:
                 low = device == "cuda" or config.precision == "bfloat16"

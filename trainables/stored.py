@@ -11,7 +11,7 @@ from torch import nn
 
 from results.predictions import SEEN_FROM_VIEWS
 from results.schema import Predictions, UsageError
-from results.store import TrialFiles
+from results.trial_files import TrialFiles
 from trainables.config import TrainConfig
 from trainables.evaluation import predictions, predictions_with_views
 from trainables.model import unfilled_model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from results.schema import EpochResult, UsageError
-from results.store import TrialFiles
+from results.trial_files import TrialFiles
 from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
 from trainables.course import Leg, Progress, whole, whole_so_far

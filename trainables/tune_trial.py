@@ -13,7 +13,7 @@ from ray import tune
 from results.files import DISK_FULL
 from results.objects import Refused, Unreachable
 from results.schema import EpochResult, UsageError
-from results.store import TrialFiles
+from results.trial_files import TrialFiles
 from trainables.config import TrainConfig
 from trainables.course import legs_from
 from trainables.datasets import SplitImages
@@ -21,11 +21,6 @@ from trainables.learner import Learner
 from trainables.loop import TrainState
 from trainables.process import die_with_parent, prepare_process
 from trainables.trial import images_on, run_trial
-
-
-def worker_environment(*, threads: int) -> dict[str, str]:
-    """Variables that a worker's process must have before torch is imported: idle OpenMP threads otherwise spin."""
-    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
 
 
 class TuneTrial(tune.Trainable):

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from results.schema import Predictions, SelectPredictions
-from results.store import TrialFiles
+from results.trial_files import TrialFiles
 from trainables.averaging import Soup, Weights, greedy_soup, mean, renew_batch_norms
 from trainables.config import TrainConfig
 from trainables.evaluation import predicted_splits, predictions

@@ -1,33 +1,19 @@
-"""The networks. Each takes float images [N, C, S, S] and gives logits [N, num_classes]; one file a family."""
+"""The networks. Each takes float images [N, C, S, S] and gives logits [N, num_classes]; one file a family.
+
+A family's file is imported when one of its networks is built: the torchvision that some of them need takes 3 s of a CPU
+to import, and to know which networks there are does not even need torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
-
-from torch import Tensor, nn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
 from results.schema import UsageError
-from trainables.backbones.convnext import convnext_tiny
-from trainables.backbones.convnext import smallest_image as convnext_smallest
-from trainables.backbones.efficient200k import efficient200k
-from trainables.backbones.efficientnet import efficientnet_b0, efficientnet_b3, efficientnet_b4
-from trainables.backbones.mobilenet import mobilenet_v3_small
-from trainables.backbones.preactivation import resnet44v2, resnet44v2_four_stages
-from trainables.backbones.resnet import resnet18, resnet34, resnet50, resnet101
-from trainables.backbones.small_cnn import small_cnn, small_cnn_groupnorm
-from trainables.backbones.small_cnn import smallest_image as small_cnn_smallest
-from trainables.backbones.speedrun import (
-    LARGE,
-    MEDIUM,
-    WhitenedConv,
-    speedrun_cnn,
-    speedrun_cnn_large,
-    speedrun_cnn_medium,
-)
-from trainables.backbones.speedrun import smallest_image as speedrun_smallest
-from trainables.backbones.wide_resnet import wide_resnet16_4, wide_resnet28_10
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Backbone(Protocol):
@@ -37,36 +23,45 @@ class Backbone(Protocol):
         """`dropout`: probability before the classifier. `image_size`: side in pixels, for the choice of stem."""
 
 
+def _from(family: str, name: str) -> Callable[..., Any]:
+    """Return a function of a family's file that imports the file when it is called."""
+
+    def call(*args: Any, **arguments: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{family}"), name)(*args, **arguments)
+
+    return call
+
+
 BACKBONES: dict[str, Backbone] = {
-    "small_cnn": small_cnn,
-    "efficient200k": efficient200k,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet44v2": resnet44v2,
-    "resnet44v2_four_stages": resnet44v2_four_stages,
-    "wide_resnet16_4": wide_resnet16_4,
-    "wide_resnet28_10": wide_resnet28_10,
-    "efficientnet_b0": efficientnet_b0,
-    "efficientnet_b3": efficientnet_b3,
-    "efficientnet_b4": efficientnet_b4,
-    "convnext_tiny": convnext_tiny,
-    "mobilenet_v3_small": mobilenet_v3_small,
-    "speedrun_cnn": speedrun_cnn,
-    "speedrun_cnn_medium": speedrun_cnn_medium,
-    "speedrun_cnn_large": speedrun_cnn_large,
-    "small_cnn_groupnorm": small_cnn_groupnorm,
+    "small_cnn": _from("small_cnn", "small_cnn"),
+    "efficient200k": _from("efficient200k", "efficient200k"),
+    "resnet18": _from("resnet", "resnet18"),
+    "resnet34": _from("resnet", "resnet34"),
+    "resnet50": _from("resnet", "resnet50"),
+    "resnet101": _from("resnet", "resnet101"),
+    "resnet44v2": _from("preactivation", "resnet44v2"),
+    "resnet44v2_four_stages": _from("preactivation", "resnet44v2_four_stages"),
+    "wide_resnet16_4": _from("wide_resnet", "wide_resnet16_4"),
+    "wide_resnet28_10": _from("wide_resnet", "wide_resnet28_10"),
+    "efficientnet_b0": _from("efficientnet", "efficientnet_b0"),
+    "efficientnet_b3": _from("efficientnet", "efficientnet_b3"),
+    "efficientnet_b4": _from("efficientnet", "efficientnet_b4"),
+    "convnext_tiny": _from("convnext", "convnext_tiny"),
+    "mobilenet_v3_small": _from("mobilenet", "mobilenet_v3_small"),
+    "speedrun_cnn": _from("speedrun", "speedrun_cnn"),
+    "speedrun_cnn_medium": _from("speedrun", "speedrun_cnn_medium"),
+    "speedrun_cnn_large": _from("speedrun", "speedrun_cnn_large"),
+    "small_cnn_groupnorm": _from("small_cnn", "small_cnn_groupnorm"),
 }
 
 # Of a net built for a size; the others pad, and take a single pixel.
 SMALLEST_IMAGES: dict[str, Callable[[int], int]] = {
-    "small_cnn": small_cnn_smallest,
-    "small_cnn_groupnorm": small_cnn_smallest,
-    "convnext_tiny": convnext_smallest,
-    "speedrun_cnn": speedrun_smallest,
-    "speedrun_cnn_medium": partial(speedrun_smallest, size=MEDIUM),
-    "speedrun_cnn_large": partial(speedrun_smallest, size=LARGE),
+    "small_cnn": _from("small_cnn", "smallest_image"),
+    "small_cnn_groupnorm": _from("small_cnn", "smallest_image"),
+    "convnext_tiny": _from("convnext", "smallest_image"),
+    "speedrun_cnn": _from("speedrun", "smallest_image"),
+    "speedrun_cnn_medium": _from("speedrun", "smallest_image_medium"),
+    "speedrun_cnn_large": _from("speedrun", "smallest_image_large"),
 }
 
 
@@ -90,19 +85,19 @@ def check_backbone(name: str, *, image_size: int | None = None, built_for: int |
     if image_size is None:
         return
     size = built_for or image_size
-    smallest = {other: smallest_image(other, built_for=size) for other in BACKBONES}
-    if image_size < smallest[name]:
-        fitting = [other for other in BACKBONES if image_size >= smallest[other]]
+    smallest = smallest_image(name, built_for=size)
+    if image_size < smallest:
+        fitting = [other for other in BACKBONES if image_size >= smallest_image(other, built_for=size)]
         built = f", built for {size} pixels," if size != image_size else ""
         raise UsageError(
-            f"backbone {name}{built} takes images of {smallest[name]} pixels or more, not {image_size}; "
+            f"backbone {name}{built} takes images of {smallest} pixels or more, not {image_size}; "
             f"use larger images or one of {', '.join(fitting)}"
         )
 
 
 def takes_images(net: nn.Module) -> bool:
     """Whether `initialize_from_images` does anything."""
-    return any(isinstance(module, WhitenedConv) for module in net.modules())
+    return any(hasattr(module, "whiten") for module in net.modules())
 
 
 def initialize_from_images(net: nn.Module, images_NCHW: Tensor) -> None:
@@ -111,8 +106,9 @@ def initialize_from_images(net: nn.Module, images_NCHW: Tensor) -> None:
     `images_NCHW` are normalized training images, as the net is given them; a few thousand suffice. Deterministic.
     """
     for module in net.modules():
-        if isinstance(module, WhitenedConv):
-            module.whiten(images_NCHW)
+        whiten: Any = getattr(module, "whiten", None)
+        if whiten is not None:
+            whiten(images_NCHW)
 
 
 def parts(net: nn.Module) -> list[nn.Module]:
@@ -120,6 +116,8 @@ def parts(net: nn.Module) -> list[nn.Module]:
 
     A part is a block or a stage of the net, or a lone convolution, with the norms that follow it.
     """
+    from torch import nn  # not needed to know which networks there are
+
     cut: list[list[nn.Module]] = []
     for name, child in net.named_children():
         for module in child.children() if name == "features" else [child]:

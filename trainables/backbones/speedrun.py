@@ -24,6 +24,7 @@ Shape suffixes: N images, C channels, H height, W width, P values of a patch, L 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +175,10 @@ def smallest_image(built_for: int, size: Size = SMALL) -> int:
     Of the small net 9 from 9 pixels on, 16 from 96 on; of the others 5 from 5 pixels on, 8 from 96 on.
     """
     return _stride(built_for) * (2 ** _poolings(size, built_for) - 1) + PATCH
+
+
+smallest_image_medium = partial(smallest_image, size=MEDIUM)
+smallest_image_large = partial(smallest_image, size=LARGE)
 
 
 def _net(size: Size, *, num_classes: int, dropout: float, image_size: int, channels: int) -> nn.Module:
