@@ -9,17 +9,15 @@ import contextlib
 import hashlib
 import importlib.util
 import socket
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from results.schema import DataWarning, FloatArray, IntArray, UsageError
+from results.schema import FloatArray, IntArray, UsageError
 from trainables.image_files import (
     EncodedImage,
-    Pixels,
     check_memory,
     class_folders,
     decode_all,
@@ -28,6 +26,7 @@ from trainables.image_files import (
     inspect_all,
     read_parquet_images,
 )
+from trainables.pixel_cache import Decoded, PixelCache, Pixels, default_folder, warn_of_data
 
 SMALL_SET = 10_000
 SELECT_SHARE = 0.6
@@ -50,6 +49,9 @@ class LabelledImages:
     class_names: tuple[str, ...]
     encoded: tuple[EncodedImage, ...] | None = None
     content_digest: bytes = b""
+
+
+LoadPath = Callable[[Path, int | None, bool], LabelledImages]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,8 @@ def load_dataset(
     """
     scheme, separator, path = name.partition(":")
     if separator and scheme in PATH_DATASETS:
-        raw = PATH_DATASETS[scheme](Path(path).expanduser().absolute(), image_size, resident)
+        load, root = PATH_DATASETS[scheme], Path(path).expanduser().absolute()
+        raw = _cached(load, root, image_size) if resident else load(root, image_size, False)
     elif name in DATASETS:
         raw = DATASETS[name](Path(data_dir).expanduser(), image_size)
     else:
@@ -265,7 +268,7 @@ def _cifar(
         if any(folder.glob("train-*.parquet")):
             if not any(folder.glob("test-*.parquet")):
                 raise UsageError(f"{folder} has train-*.parquet and no test-*.parquet; put {name}'s there")
-            data = _parquet(folder, image_size, resident=True)
+            data = _cached(_parquet, folder, image_size)
             if len(data.class_names) != num_classes:
                 raise UsageError(
                     f"{folder} holds {len(data.class_names)} classes, {name} has {num_classes}; "
@@ -298,6 +301,23 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _cached(load: LoadPath, root: Path, image_size: int | None) -> LabelledImages:
+    """What `load` decodes, from the cache of decoded pixels where it is there. Raises UsageError as `load` does."""
+
+    def decode() -> Decoded:
+        data = load(root, image_size, True)
+        return Decoded(data.images_NCHW, data.labels_N, {"num_test": data.num_test, "class_names": data.class_names})
+
+    def paths() -> Iterable[Path]:
+        return [root] if root.is_file() else root.rglob("*") if load is _folder else root.glob("*.parquet")
+
+    found = PixelCache(default_folder()).get(paths, image_size=image_size, decode=decode)
+    check_memory(len(found.labels_N), found.pixels_NCHW.shape[2])
+    return LabelledImages(
+        found.pixels_NCHW, found.labels_N, int(found.about["num_test"]), tuple(found.about["class_names"])
+    )
 
 
 def _folder(root: Path, image_size: int | None, resident: bool) -> LabelledImages:
@@ -355,10 +375,9 @@ def _parquet(path: Path, image_size: int | None, resident: bool) -> LabelledImag
 
 def _say_what_is_unused(paths: Sequence[Path]) -> None:
     if paths:
-        warnings.warn(
+        warn_of_data(
             f"{', '.join(map(str, paths))}: not used, since there is an official test set and validation is split "
             f"off the training images",
-            DataWarning,
             stacklevel=4,
         )
 
@@ -396,4 +415,4 @@ DATASETS: dict[str, Callable[[Path, int | None], LabelledImages]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
 }
-PATH_DATASETS: dict[str, Callable[[Path, int | None, bool], LabelledImages]] = {"folder": _folder, "parquet": _parquet}
+PATH_DATASETS: dict[str, LoadPath] = {"folder": _folder, "parquet": _parquet}

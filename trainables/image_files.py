@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from results.schema import DataWarning, UsageError
+from results.schema import UsageError
+from trainables.pixel_cache import Pixels, warn_of_data
 
-Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 LARGEST_DEFAULT_SIDE = 64
@@ -159,10 +158,9 @@ def _without_unreadable(
     bad = [f"{image.name} ({r})" for image, r in zip(images, results, strict=True) if isinstance(r, str)]
     if bad:
         more = f" and {len(bad) - NAMED_IN_WARNING} more" if len(bad) > NAMED_IN_WARNING else ""
-        warnings.warn(
+        warn_of_data(
             f"{len(bad)} of {len(images)} images cannot be read and are left out: "
             f"{', '.join(bad[:NAMED_IN_WARNING])}{more}",
-            DataWarning,
             stacklevel=4,
         )
     good = [r for r in results if not isinstance(r, str)]
@@ -299,9 +297,8 @@ def _labels(part: Path, table: pa.Table, column: str) -> list[Any]:
         raise UsageError(f"{part}: labels in {column!r} are of type {kind}; wanted whole numbers or text")
     labels: list[Any] = table[column].to_pylist()
     if table[column].null_count:
-        warnings.warn(
+        warn_of_data(
             f"{table[column].null_count} of {len(labels)} rows of {part} have no {column} and are left out",
-            DataWarning,
             stacklevel=5,
         )
     return labels

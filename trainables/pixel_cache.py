@@ -1,10 +1,10 @@
 """Decoded images on disk, so that the next run need not decode them again.
 
-The folder is that of the variable ENSEMBLES_PIXEL_CACHE (`off`: no cache), by default `hyperparameter-ensembles/pixels` in
-the user's cache folder (XDG_CACHE_HOME, or ~/.cache). An entry is a folder with `pixels.npy`, `labels.npy` and
-`about.json`, named by what decides the pixels: the files read (path, size, modification time, inode), the image size and
-the versions of what decodes. It appears complete or not at all, and is never changed. Where nothing can be written there
-is no cache, and no error.
+The folder is that of the variable ENSEMBLES_PIXEL_CACHE (`off`: no cache), by default `hyperparameter-ensembles/pixels`
+in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). An entry is a folder with `pixels.npy`, `labels.npy` and
+`about.json`, named by what decides the pixels: the files that are read (path, size, modification time, inode), the side
+of an image, and the versions of what decodes. An entry appears complete or not at all, and never changes. Where nothing
+can be written there is no cache, and no error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -62,8 +62,9 @@ def default_folder() -> Path | None:
         return None
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "hyperparameter-ensembles" / "pixels" if os.path.isabs(base) else None
+    named, at_home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    base = next((path for path in (named, at_home) if os.path.isabs(path)), None)
+    return None if base is None else Path(base) / "hyperparameter-ensembles" / "pixels"
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,17 @@ class PixelCache:
     most_bytes: int = MOST_BYTES
     least_source_bytes: int = LEAST_SOURCE_BYTES
 
-    def get(self, root: Path, *, image_size: int | None, decode: Callable[[], Decoded]) -> Decoded:
-        """Return what `decode` makes of the files in `root`, from the cache if it is there; warnings are repeated."""
-        files = list(_files(root))
+    def get(
+        self, paths: Callable[[], Iterable[Path]], *, image_size: int | None, decode: Callable[[], Decoded]
+    ) -> Decoded:
+        """Return what `decode` makes of the files and folders at `paths`, from the cache if it is there.
+
+        Warnings of `warn_of_data` are repeated.
+        """
+        files = _facts(paths())
         if self.folder is None or sum(size for _, size, *_ in files) < self.least_source_bytes:
             return decode()
-        wanted = [DECODING_VERSION, [version(name) for name in DECODERS], str(root.resolve()), image_size, files]
+        wanted = [DECODING_VERSION, [version(name) for name in DECODERS], image_size, files]
         entry = self.folder / hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:32]
         found = _read(entry)
         if found is not None:
@@ -91,7 +97,7 @@ class PixelCache:
             return found
         with _hearing() as heard:
             decoded = decode()
-        if list(_files(root)) == files:  # else somebody changes them meanwhile
+        if _facts(paths()) == files:  # else somebody changes them meanwhile
             self._write(entry, Decoded(decoded.pixels_NCHW, decoded.labels_N, {**decoded.about, "warnings": heard}))
         return decoded
 
@@ -124,16 +130,14 @@ class PixelCache:
             del sizes[path]
 
 
-def _files(root: Path) -> Iterator[list[Any]]:
-    """All that lies in a folder, or the file: path, size, modification time, inode; directories have a name alone."""
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        try:
-            status = path.stat()
-        except OSError:  # a link that leads nowhere
-            yield [str(path.relative_to(root)), 0]
-            continue
-        facts = [0] if path.is_dir() else [status.st_size, status.st_mtime_ns, status.st_ino]
-        yield [str(path.relative_to(root)), *facts]
+def _facts(paths: Iterable[Path]) -> list[list[Any]]:
+    """Path, size, modification time and inode of files; of folders and of links that lead nowhere the path alone."""
+    facts: list[list[Any]] = []
+    for path in sorted(paths):
+        status = path.stat() if path.is_file() else None
+        known = [0] if status is None else [status.st_size, status.st_mtime_ns, status.st_ino]
+        facts.append([str(path.absolute()), *known])
+    return facts
 
 
 def _read(entry: Path) -> Decoded | None:
