@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,33 +10,49 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import command_environment
+from tests.commands import Command
 
-PATIENCE = 300  # seconds until what is waited for has come about
+PATIENCE = 900  # seconds until a test gives up: no test depends on how fast the machine is
 ON_A_BUSY_MACHINE = {"RAY_worker_niceness": "0"}  # by default everything else goes first
 WORKERS = ("TuneTrial", "ResourceTrainable", "RayTrainWorker")
+# Epochs of a third of a second: long enough to be hit by a signal.
+SLOW_SPACE = """
+from optuna.distributions import FloatDistribution
+from search_spaces.space import Budget, SearchSpace
+from trainables.config import TrainConfig
+
+SPACE = SearchSpace(
+    base=TrainConfig(dataset="digits", backbone="efficient200k", batch_size=64, crop_padding=1, flip=False,
+                     image_size=12, train_fraction=0.4, ema_decay=0.9),
+    dimensions={{"dropout": FloatDistribution(0.0, 0.5), "lr": FloatDistribution(1e-3, 0.3, log=True)}},
+    baselines=({{"dropout": 0.1, "lr": 0.05}},),
+    budget=Budget(num_trials={num_trials}, max_epochs={max_epochs}),
+)
+"""
 
 
 @contextmanager
-def running(folder: Path, module: str, *arguments: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    folder: Path, module: str, *arguments: str, output: Path, environment: dict[str, str] | None = None
+) -> Iterator[Command]:
     """A command in the background; killed at the end of the block if it still runs."""
     with output.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=folder,
-            env={**command_environment(), **ON_A_BUSY_MACHINE},
-            stdout=file,
-            stderr=subprocess.STDOUT,
+        process = Command(
+            module,
+            *arguments,
+            folder=folder,
+            stdout=file.fileno(),
+            stderr=file.fileno(),
+            environment={**os.environ, **ON_A_BUSY_MACHINE, **(environment or {})},
         )
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], output: Path) -> None:
+def wait_until(happened: Callable[[], bool], process: Command, output: Path) -> None:
     """Wait for what a command brings about. Raises AssertionError when it ends before, or nothing happens."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
@@ -46,9 +61,16 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], o
         time.sleep(0.02)
 
 
-def wait_for_epochs(root: Path, count: int, process: subprocess.Popen[bytes], output: Path) -> None:
+def wait_for_epochs(root: Path, count: int, process: Command, output: Path) -> None:
     """Wait until the log of the experiment in `root` has so many epochs."""
     wait_until(lambda: epochs_in_log(root) >= count, process, output)
+
+
+def wait_for_a_moment(seconds: float, root: Path, *, epochs: int) -> None:
+    """Wait so long, or until the log of the experiment in `root` has so many more epochs: it never gets to its end."""
+    most, deadline = epochs_in_log(root) + epochs, time.monotonic() + seconds
+    while time.monotonic() < deadline and epochs_in_log(root) < most:
+        time.sleep(0.01)
 
 
 def epochs_in_log(root: Path) -> int:
@@ -56,6 +78,21 @@ def epochs_in_log(root: Path) -> int:
     if not (root / "events").is_dir():
         return 0
     return sum(segment.read_text().count('"event": "epoch"') for segment in (root / "events").iterdir())
+
+
+def still_there(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of some processes that are being killed that do not end. One that nobody has reaped has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def training_workers(driver: int) -> list[psutil.Process]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.background import PATIENCE
+from tests.commands import Command
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
 from trainables.resident import ResidentImages
 
 ROOT = Path(__file__).parent.parent
+CLUSTER_CPUS = 2
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the files with Ray tests go first: they are the longest, and no process is to begin one at the end."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in with_ray)
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +46,33 @@ def noise_images() -> SplitImages:
     return split(LabelledImages(images, np.arange(96) % 4, 16, ("a", "b", "c", "d")))
 
 
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a Ray cluster, for commands that show something else than the start of their own."""
+    from tests.clusters import cluster_of  # and Ray, which most tests need not import
+
+    with cluster_of(CLUSTER_CPUS) as cluster:
+        yield cluster.address
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> CommandLine:
     """Run `python -m MODULE ARGUMENTS` from an empty folder, with results in tmp_path/runs."""
+    return functools.partial(run_command, tmp_path)
 
-    def run(module: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tmp_path,
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
 
-    return run
+def run_command(
+    folder: Path, module: str, *arguments: str, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS` in a folder."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = Command(module, *arguments, folder=folder, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        printed = [file.seek(0) or file.read() for file in (stdout, stderr)]
+        return subprocess.CompletedProcess(process.args, status, *printed)
 
 
 def command_environment() -> dict[str, str]:

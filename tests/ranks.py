@@ -21,6 +21,9 @@ from trainables.parallel import Agreement, Paused, Ranks
 from trainables.resident import ResidentImages
 from trainables.trial import run_trial
 
+# A process that has imported torch, from which the ranks are forked: to import it takes each five CPU-seconds.
+processes.set_forkserver_preload(["tests.ranks"])
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -80,7 +83,7 @@ def in_processes(size: int, job: Callable[..., Any], *arguments: Any) -> list[An
         return [job(Ranks(), *arguments)]
     with tempfile.TemporaryDirectory() as folder:
         torch.save((job, arguments), f"{folder}/job")
-        processes.spawn(_run, (size, folder), nprocs=size)
+        processes.start_processes(_run, (size, folder), nprocs=size, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
 
 

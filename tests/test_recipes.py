@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from orchestrator.train import main
 from orchestrator.training_console import print_results
 from results.schema import SelectPredictions, TestPredictions, UsageError
 from results.store import Experiment, TrialFiles
-from tests.conftest import ROOT, CommandLine, command_environment
+from tests.background import PATIENCE, running, wait_until
+from tests.conftest import ROOT, CommandLine
 from tests.simulation import ledger_of, new_experiment
 from trainables.backbones import BACKBONES
 from trainables.config import TrainConfig
@@ -139,26 +138,14 @@ def test_a_training_killed_and_resumed_equals_one_never_stopped(command: Command
     arguments = (*QUICK, "--max-epochs", "6", "--results-dir", "runs", "--threads", "1")
     whole = command("orchestrator.train", *arguments, "--name", "whole")
     assert whole.returncode == 0, whole.stderr
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        again = [] if number is signal.SIGKILL else ["--resume"]
-        with subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.train", *arguments, "--name", "killed", *again],
-            cwd=tmp_path,
-            env=command_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("epoch "):
-                    break
-            else:
-                pytest.fail("it ended before its first epoch")
+    output = tmp_path / "output"
+    for number, more, status in ((signal.SIGKILL, [], -signal.SIGKILL), (signal.SIGTERM, ["--resume"], 130)):
+        output.write_text("")
+        with running(tmp_path, "orchestrator.train", *arguments, "--name", "killed", *more, output=output) as process:
+            wait_until(lambda: "\nepoch " in output.read_text(), process, output)
             process.send_signal(number)
-            rest = process.stdout.read()
-        assert process.returncode == (-signal.SIGKILL if number is signal.SIGKILL else 130), rest
-    assert "--resume" in rest
+            assert process.wait(timeout=PATIENCE) == status, output.read_text()
+    assert "--resume" in output.read_text()
     resumed = command("orchestrator.train", *arguments, "--name", "killed", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     logits = [

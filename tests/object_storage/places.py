@@ -12,6 +12,7 @@ import pytest
 from results import mirror
 from results.events import encode, read_events
 from results.objects import ObjectStore, canonical, within
+from tests.background import PATIENCE
 from tests.object_storage.server import Gate
 
 
@@ -39,11 +40,11 @@ def lines_in(folder: Path) -> list[str]:
 
 
 def eventually(condition: Callable[[], object]) -> None:
-    for _ in range(600):
-        if condition():
-            return
+    """Wait until something is the case."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.05)
-    pytest.fail("it did not come about")
 
 
 def through(gate: Gate, results: str) -> str:
