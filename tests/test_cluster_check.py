@@ -219,7 +219,7 @@ def test_the_users_own_aws_configuration_is_never_read(
         (tmp_path / ".aws" / name).write_text("this is no [section\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_PROFILE", "nosuch")
-    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"), timeout=30)
+    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_is_not_there_is_wrong_usage(command: CommandLine) -> None:
 
 
 def test_from_another_folder_the_shipped_file_passes_silently_and_soon(command: CommandLine) -> None:
-    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"), timeout=30)
+    done = command("orchestrator.cluster", "check", str(ROOT / "cluster.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
 

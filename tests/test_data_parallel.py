@@ -15,6 +15,7 @@ from scaling import LINK_BYTES, TARGETS, projection
 
 from results.schema import SelectPredictions, UsageError
 from results.store import TrialFiles
+from tests.background import PATIENCE
 from tests.ranks import in_processes, trained_by
 from trainables.background import BackgroundWriter, copied_to_host
 from trainables.config import TrainConfig
@@ -219,11 +220,11 @@ def test_the_newest_checkpoint_is_written_while_training_goes_on_and_what_waits_
 
     def write(content: dict[str, object]) -> None:
         begun.set()
-        assert may_write.wait(timeout=60)
+        assert may_write.wait(timeout=PATIENCE)
 
     with BackgroundWriter(write, lambda content: written.append(content["epoch"])) as writer:
         writer.keep({"epoch": 1})
-        assert begun.wait(timeout=60)
+        assert begun.wait(timeout=PATIENCE)
         writer.keep({"epoch": 2})
         writer.keep({"epoch": 3})
         may_write.set()

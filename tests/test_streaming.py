@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from results.schema import DataWarning, UsageError
+from tests.background import PATIENCE
 from tests.conftest import ROOT, command_environment
 from trainables.config import CHOICES, TrainConfig
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
@@ -335,7 +336,7 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path: Path) -> None:
         assert len(processes_with(mark)) >= 4  # the trainer, the fork server and two workers
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.stdout.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_with(mark) == []

@@ -29,7 +29,7 @@ BRIDGE = "hpelab"
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
 TOOLS = ("ip", "ssh", "sshd", "ssh-keygen", "rsync", "unshare", "nsenter", "setpriv", "useradd")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-BOOT_SECONDS = 60
+BOOT_SECONDS = 600  # until a test gives up
 HERE = Path(__file__).parent
 
 

@@ -16,6 +16,7 @@ from results.events import EpochReported, ExperimentStopped, decode, read_events
 from results.objects import Unreachable
 from results.schema import DataWarning, EpochResult
 from results.store import Experiment
+from tests.background import PATIENCE
 from tests.object_storage.driver import killed_driver
 from tests.object_storage.places import be_on, eventually, lines_in, log_in, stored, through
 from tests.object_storage.server import Gate
@@ -182,7 +183,7 @@ def test_workers_wait_for_a_store_that_does_not_answer(results: str, port: int) 
             eventually(lambda: gate.num_refused > 2)
             assert writing.is_alive()
             gate.is_shut = False
-            writing.join(timeout=60)
+            writing.join(timeout=PATIENCE)
             assert not writing.is_alive()
             with files.open(files.resume) as file:
                 assert file.read() == b"content"

@@ -15,6 +15,7 @@ from results import lock, mirror
 from results.events import ExperimentStopped
 from results.objects import ObjectStore
 from results.store import Experiment, ExperimentLocked, Superseded
+from tests.background import PATIENCE
 from tests.object_storage.driver import killed_driver
 from tests.object_storage.places import be_on, eventually, stored
 from tests.simulation import LEARNING, new_experiment, run_search, run_with_predictions
@@ -115,7 +116,7 @@ def test_what_is_put_long_after_it_was_permitted_overwrites_nothing(
             monkeypatch.setattr(ObjectStore, "put", put_after_sleep)
             if whose == "driver":
                 experiment.record(ExperimentStopped(at=1.0, state="interrupted"))
-                assert slept.wait(timeout=60)
+                assert slept.wait(timeout=PATIENCE)
                 eventually(lambda: after)
             else:
                 files = experiment.files("t00000")

@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator import search, train
 from results import objects
-from results.objects import ObjectStore, Refused, Unreachable, canonical, within
+from results.objects import PATIENCE_SECONDS, ObjectStore, Refused, Unreachable, canonical, within
 from results.schema import UsageError
 from tests.object_storage.server import BUCKET, uri
 
@@ -151,7 +151,7 @@ def closed() -> Iterator[int]:
     ],
 )
 @pytest.mark.parametrize("main", [search.main, train.main])
-def test_a_store_that_cannot_be_used_is_said_in_one_sentence_within_15_seconds(
+def test_a_store_that_cannot_be_used_is_said_in_one_sentence_long_before_patience_ends(
     main: Callable[[list[str]], int], server: object, message: str, results: str, tmp_path: Path
 ) -> None:
     what = ["digits"] if main is search.main else ["speedrun"]
@@ -159,7 +159,7 @@ def test_a_store_that_cannot_be_used_is_said_in_one_sentence_within_15_seconds(
         began = time.monotonic()
         with pytest.raises(UsageError, match=message) as caught:
             main([*what, "--results-dir", uri(port, tmp_path.name), "--name", "x"])
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < PATIENCE_SECONDS / 2
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "first").exists()
 
