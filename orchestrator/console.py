@@ -15,10 +15,12 @@ from rich.text import Text
 from orchestrator.audit import audit, findings
 from orchestrator.ledger import Ledger
 from orchestrator.pareto import non_dominated
+from orchestrator.time_left import LATEST_TRIALS, seconds_left, so_far
 from results.history import TrialHistory
 from results.schema import Scalar, Status
 from results.study import values_at_best
 from search_spaces.space import METRICS, SearchSpace
+from trainables.course import num_epochs
 
 LEADERS = 5
 MARKS: dict[Status, str] = {"completed": "done", "pruned": "stopped", "failed": "failed"}
@@ -59,7 +61,7 @@ class SearchConsole:
         self._metric = metric
         self._ledger: Ledger | None = None
         self._started = time.monotonic()
-        self._epochs_before = 0
+        self._workers = 1
         self._endings_shown = 0
         self._retries_shown = 0
         self._leader: TrialHistory | None = None
@@ -74,7 +76,6 @@ class SearchConsole:
         self._endings_shown = len(history.endings)
         for trial in history.endings:
             self._compare(trial)
-        self._epochs_before = history.num_epochs
         self._started = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2, transient=True)
@@ -140,16 +141,18 @@ class SearchConsole:
         return f"[{', '.join(parts)}]"
 
     def _seconds_left(self) -> float | None:
-        """From the epochs a second of this driver and the epochs an ended trial takes on average."""
+        """See orchestrator/time_left.py; from the latest trials, so that it costs the same however many there are."""
         assert self._ledger is not None
-        history = self._ledger.experiment.history
-        epochs, num_ended = history.num_epochs - self._epochs_before, len(history.endings)
-        if not num_ended or epochs < 1:
-            return None
-        per_trial = history.num_epochs_of_ended / num_ended
-        in_progress = history.num_epochs - history.num_epochs_of_ended
-        to_do = max(0.0, (self._num_trials - num_ended) * per_trial - in_progress)
-        return to_do * (time.monotonic() - self._started) / epochs
+        history, halving = self._ledger.experiment.history, self._ledger.halving
+        self._workers = max(self._workers, len(self._ledger.running))
+        latest = [*history.endings[-LATEST_TRIALS:], *history.unfinished]
+        return seconds_left(
+            [so_far(trial, now=time.time()) for trial in latest],
+            to_start=max(0, self._num_trials - len(history.trials)),
+            workers=self._workers,
+            max_epochs=num_epochs(halving.course),
+            rungs=halving.rung_epochs,
+        )
 
     def _panel(self) -> Table:
         assert self._ledger is not None

@@ -23,6 +23,7 @@ from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.recipes import RECIPES, Recipe
 from trainables.resident import batch_size_of
+from trainables.schedules import image_size_in
 from trainables.validation import log_softmax
 
 REDRAWS_PER_SECOND = 4
@@ -45,7 +46,9 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         steps = len(data.train) // batch_size_of(config, data)
         self._task = self._bar.add_task("steps", total=config.max_epochs * steps, completed=after_epoch * steps)
         self._steps = steps
-        self._epochs = 0
+        self._weights = epoch_weights(config, full_size=data.image_size)
+        self._last_epoch = after_epoch
+        self._first_epoch = after_epoch + 1
         self._started = time.monotonic()
         self.peak_flops: float | None = None
         """Of all devices together, where it is known: epochs then show how much of it is used."""
@@ -67,7 +70,7 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
 
     def begin(self) -> None:
         """What is left is estimated from what is trained from now on."""
-        self._epochs = 0
+        self._first_epoch = self._last_epoch + 1
         self._started = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -76,8 +79,9 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
 
     def epoch(self, result: EpochResult) -> None:
         """Print an epoch's figures and the time left."""
-        self._epochs += 1
-        left = (time.monotonic() - self._started) / self._epochs * (self._max_epochs - result.epoch)
+        self._last_epoch = result.epoch
+        trained = sum(self._weights[self._first_epoch - 1 : result.epoch])
+        left = (time.monotonic() - self._started) / trained * sum(self._weights[result.epoch :])
         figures = [f"loss {result.train_loss:.4f}", f"train {result.train_accuracy:.4f}"]
         if result.val_accuracy is not None:
             figures.append(f"val {result.val_accuracy:.4f}")
@@ -87,6 +91,12 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
             figures.append(f"MFU {used:.1%}")
         figures.append(f"about {duration(left)} left")
         self._console.print(Text(f"epoch {result.epoch}/{self._max_epochs}  " + "  ".join(figures)), soft_wrap=True)
+
+
+def epoch_weights(config: TrainConfig, *, full_size: int) -> list[int]:
+    """Return what the epochs of a training cost in comparison with each other: the pixels of their images."""
+    sides = (image_size_in(epoch, full_size=full_size, config=config) for epoch in range(1, config.max_epochs + 1))
+    return [side**2 for side in sides]
 
 
 def print_results(console: Console, experiment: Experiment) -> int:
