@@ -1,4 +1,4 @@
-"""What is said of a run's cost before it begins."""
+"""Lines that say what a run will cost, before it begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORTEST_SCHEDULE = 3
 
 
 def roughly(seconds: float) -> str:
-    """Seconds as one number: `40 s`, `25 min`, `3.5 h`, `6 days`."""
+    """Write seconds as one number: `40 s`, `25 min`, `3.5 h`, `6 days`."""
     if seconds < 1.5 * MINUTE:
         return f"{max(1, round(seconds))} s"
     if seconds < 1.5 * HOUR:
@@ -29,18 +29,18 @@ def roughly(seconds: float) -> str:
 
 
 def between(seconds: Sequence[float]) -> str:
-    """The least and the most of several durations, or the one there is."""
+    """Write the least and the most of several durations, or the one there is."""
     least, most = roughly(min(seconds)), roughly(max(seconds))
     return least if least == most else f"{least} to {most}"
 
 
 def cores(count: int) -> str:
-    """`one core` or `4 cores`."""
+    """Write `one core` or `4 cores`."""
     return "one core" if count == 1 else f"{count} cores"
 
 
 def search_line(plan: SearchPlan, estimate: Estimate) -> str:
-    """What the rest of a search is expected to take, and what that is made of."""
+    """Say what the rest of a search is expected to take, and what that is made of."""
     on = f"about {roughly(estimate.wall_seconds)} on {cores(estimate.workers * estimate.cpus)}"
     each = f"{between(estimate.trial_seconds)} each on {cores(estimate.cpus)}"
     said = [f"{_trials(estimate.left)} of at most {plan.space.budget.max_epochs} epochs, {each}"]
@@ -54,7 +54,7 @@ def search_line(plan: SearchPlan, estimate: Estimate) -> str:
 
 
 def training_line(plan: SearchPlan, left: Left, seconds: float, *, cpus: int) -> str:
-    """What a training, or several of one configuration, or the rest of them, is expected to take."""
+    """Say what a training, or several of one configuration, or the rest of them, is expected to take."""
     epochs = plan.space.budget.max_epochs
     trained = f"{epochs} epoch{'s' if epochs > 1 else ''}"
     if plan.space.budget.num_trials > 1:
@@ -72,7 +72,7 @@ def _trials(left: Left) -> str:
 
 
 def budget_line(estimate: Estimate, *, seconds: float | None, flag: str) -> str:
-    """How many trials a time budget has room for; empty where it has room for all of them."""
+    """Say how many trials a time budget has room for; nothing where it has room for all of them."""
     if seconds is None or seconds >= estimate.wall_seconds:
         return ""
     fitting, all_of_them = estimate.num_ended_after(seconds), estimate.left.num_trials
@@ -82,7 +82,7 @@ def budget_line(estimate: Estimate, *, seconds: float | None, flag: str) -> str:
 def cheaper_flags(
     *, train_fraction: float, max_epochs: int, wall_seconds: Callable[[Flags], float], fixed: Collection[str] = ()
 ) -> Flags:
-    """Flags under which a search takes less than a day: a smaller share of the images, then fewer epochs as well.
+    """Find flags under which a search takes less than a day: a share of the images, then fewer epochs as well.
 
     `wall_seconds`: what it takes with flags. Fields that are `fixed` are not changed. Empty where nothing is enough.
     """
@@ -96,6 +96,6 @@ def cheaper_flags(
 
 
 def cheaper_line(command: str, flags: Flags, *, name: str, wall_seconds: float) -> str:
-    """The command that takes less than a day, to copy."""
+    """Say which command takes less than a day, to copy."""
     said = " ".join(f"--{field.replace('_', '-')} {value:g}" for field, value in flags.items())
     return f"about {roughly(wall_seconds)} with:\n  {command} {said} --name {name}-short"

@@ -97,7 +97,7 @@ def warn_if_slower(networks: Sequence[TrainConfig], meter: Measures) -> None:
 
 
 def precision_line(choice: PrecisionChoice) -> str:
-    """What was decided, for the console; empty where nothing was measured."""
+    """Say what was decided; nothing where nothing was measured."""
     ratio = choice.float32_over_bfloat16
     if ratio is None:
         return ""

@@ -50,7 +50,7 @@ def of_search(
     left = Left.of(plan, None if experiment is None else experiment.history)
     if not left.num_trials:
         return plan
-    outlook = Outlook(plan, data, resources, left)
+    outlook = Outlook(plan, data, resources, left, start_seconds=time.process_time())
     with place_of_trials(
         data, device=resources.device, address=args.address, threads=resources.cpus, check=cli.INTERRUPTS.check
     ) as place:
@@ -67,12 +67,16 @@ def of_search(
 
 @dataclass(frozen=True)
 class Outlook:
-    """A search that is about to train what is left."""
+    """A search that is about to train what is left.
+
+    `start_seconds`: what this process took to come here, about as long as a worker needs until it trains.
+    """
 
     plan: SearchPlan
     data: SplitImages
     resources: Resources
     left: Left
+    start_seconds: float = 0.0
 
     def replaced(self, plan: SearchPlan) -> Outlook:
         """The same with another plan."""
@@ -90,7 +94,7 @@ class Outlook:
         return replace(self.plan, precision=choice)
 
     def estimate(self, speeds: Speeds) -> Estimate:
-        """What is left takes, with workers that need as long to start as this process did."""
+        """Estimate what is left, from the speed of each network."""
         return estimate_search(
             self.plan,
             self.data,
@@ -98,7 +102,7 @@ class Outlook:
             workers=self.resources.max_concurrent,
             cpus=self.resources.cpus,
             left=self.left,
-            start_seconds=time.process_time(),
+            start_seconds=self.start_seconds,
         )
 
     def print_cost(self, speeds: Speeds, args: argparse.Namespace, console: Console, *, new: bool) -> None:
@@ -113,7 +117,7 @@ class Outlook:
             print_line(console, self._cheaper(speeds, args))
 
     def _cheaper(self, speeds: Speeds, args: argparse.Namespace) -> str:
-        """A command for the same search that takes less than a day, or nothing."""
+        """Find a command for the same search that takes less than a day; empty where there is none."""
         base, name = self.plan.space.base, str(args.name or self.plan.source.name)
 
         def wall_seconds(flags: Flags) -> float:
@@ -130,7 +134,7 @@ class Outlook:
         return cheaper_line(driver.command_line(), flags, name=name, wall_seconds=wall_seconds(flags))
 
     def _wall_seconds_with(self, flags: Flags, speeds: Speeds) -> float:
-        """What the search would take with other flags; infinity where they make no sense in its space."""
+        """Estimate the search with other flags; infinity where they make no sense in its space."""
         try:
             plan = replace(self.plan, overrides={**self.plan.overrides, **flags})
             plan.check()
@@ -153,11 +157,14 @@ def of_workers(
     threads: int,
     console: Console,
 ) -> SearchPlan:
-    """The plan of a new training by workers with its precision decided, by steps on a worker's share of a batch."""
+    """Print what a new training by workers will cost. Returns its plan with the precision decided.
+
+    Both come from steps on a worker's share of a batch.
+    """
     share = max(2, plan.space.base.batch_size // num_workers)
     of_one = replace(plan, overrides={**plan.overrides, "batch_size": share, "accumulation_steps": 1})
-    resources = Resources(device, threads, 0.0, 1)
-    expected = _seconds_with_shares(Outlook(plan, data, resources, Left.of(plan, None)))
+    left, resources = Left.of(plan, None), Resources(device, threads, 0.0, 1)
+    expected = _seconds_with_shares(Outlook(plan, data, resources, left, start_seconds=time.process_time()))
     with place_of_trials(
         data, device=device, address=args.address, threads=threads, check=cli.INTERRUPTS.check
     ) as place:
@@ -167,12 +174,12 @@ def of_workers(
     print_line(console, precision_line(choice))
     if speeds:
         seconds = expected(list(speeds), list(speeds.values()))
-        print_line(console, training_line(plan, Left.of(plan, None), seconds, cpus=threads * num_workers))
+        print_line(console, training_line(plan, left, seconds, cpus=threads * num_workers))
     return replace(plan, precision=choice)
 
 
 def _seconds_with_shares(outlook: Outlook) -> Callable[[Sequence[TrainConfig], Sequence[Speed]], float]:
-    """What a training takes whose workers do each step together, their exchange of gradients not counted."""
+    """Return the estimate of a training whose workers share every step; their exchange of gradients is not counted."""
 
     def expected(networks: Sequence[TrainConfig], speeds: Sequence[Speed]) -> float:
         return outlook.estimate({outlook.plan.space.base: speeds[0]}).wall_seconds
