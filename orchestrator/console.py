@@ -21,8 +21,10 @@ from results.schema import Scalar, Status
 from results.study import values_at_best
 from search_spaces.space import METRICS, SearchSpace
 from trainables.course import num_epochs
+from trainables.progress import read_progress
 
 LEADERS = 5
+SECONDS_BETWEEN_LINES = 30.0
 MARKS: dict[Status, str] = {"completed": "done", "pruned": "stopped", "failed": "failed"}
 
 
@@ -67,6 +69,7 @@ class SearchConsole:
         self._leader: TrialHistory | None = None
         self._best_shown: str | None = None
         self._live: Live | None = None
+        self._said_at = time.monotonic()
 
     def watching(self, ledger: Ledger) -> AbstractContextManager[object]:
         """Show a ledger's search for as long as the context lasts."""
@@ -105,7 +108,27 @@ class SearchConsole:
         ):
             self._leader = trial
 
+    def look(self) -> None:
+        """Print how far the running trials' epochs are, where nothing has been printed for a while."""
+        if self._ledger is None or self._live is not None or time.monotonic() - self._said_at < SECONDS_BETWEEN_LINES:
+            return
+        told = [line for trial_id in sorted(self._ledger.running) if (line := self._steps_line(trial_id))]
+        self._said_at = time.monotonic()
+        if told:
+            self._print(f"{'; '.join(told)}  {self._progress()}")
+
+    def _steps_line(self, trial_id: str) -> str:
+        """How far a trial's epoch is, if that has been told of the epoch in progress."""
+        assert self._ledger is not None
+        experiment = self._ledger.experiment
+        path = experiment.files(trial_id).progress
+        progress = None if path is None else read_progress(path)
+        if progress is None or progress.epoch != experiment.history.trials[trial_id].last_epoch + 1:
+            return ""
+        return f"{trial_id}  epoch {progress.epoch}: step {progress.steps:,} of {progress.of:,}"
+
     def _print(self, line: str) -> None:
+        self._said_at = time.monotonic()
         self._console.print(Text(line), soft_wrap=True)
 
     def _print_new_best(self) -> None:
@@ -165,6 +188,8 @@ class SearchConsole:
         for trial in (history.trials[trial_id] for trial_id in sorted(self._ledger.running)):
             value = f"{getattr(trial.epochs[-1].result, self._metric):.4f}" if trial.epochs else "-"
             grid.add_row(Text(f"{trial.trial_id}  epoch {trial.last_epoch}: {self._metric} {value}", style="dim"))
+            if steps := self._steps_line(trial.trial_id):
+                grid.add_row(Text(steps, style="dim"))
         return grid
 
 

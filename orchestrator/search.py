@@ -167,8 +167,13 @@ def drive(
         if not ledger.finished:
             if must_grow(resources):
                 console.print("waiting for the cluster to grow; ray status says how that goes", highlight=False)
+
+            def check() -> None:
+                cli.INTERRUPTS.check()
+                shown.look()
+
             with shown.watching(ledger):
-                fit(ledger, data, resources, check_interrupt=cli.INTERRUPTS.check)
+                fit(ledger, data, resources, check_interrupt=check)
         if ledger.finished or ledger.out_of_time:
             state = "finished" if ledger.finished else "interrupted"
             experiment.record(ExperimentStopped(at=time.time(), state=state))

@@ -17,6 +17,15 @@ import pyarrow.parquet as pq
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+CACHE_VARIABLE = "HYPERPARAMETER_ENSEMBLES_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: CACHE_VARIABLE's, or one in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(caches, "hyperparameter-ensembles"))
+
+
 def replace_file(path: Path, content: bytes, *, sync: bool, permitted: Callable[[], None] = lambda: None) -> None:
     """Write a file in one step: it is there whole or, whatever happens, as it was before.
 

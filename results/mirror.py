@@ -25,12 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from results.files import replace_file
+from results.files import CACHE_VARIABLE as CACHE_VARIABLE
+from results.files import cache_folder, replace_file
 from results.lock import GENERATION, ExperimentLocked, Lease, generation_of
 from results.objects import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, Info, ObjectStore, Refused, Unreachable, canonical
 from results.schema import DataWarning
 
-CACHE_VARIABLE = "HYPERPARAMETER_ENSEMBLES_CACHE"
 UNSENT = ".unsent"
 ON_DEMAND = re.compile(r"predictions/|checkpoints/|tensorboard/|ensembles/[^/]+/members/")
 NOT_SENT = re.compile(r"predictions/|checkpoints/|driver\.lock$|generation$|lease\.json|study\.journal\.|(.*/)?\.")
@@ -48,10 +48,8 @@ Stamp = tuple[int, int, int]
 def copies_folder(uri: str) -> Path:
     """Where this machine keeps copies of the experiments at a URI."""
     place = canonical(uri)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(caches, "hyperparameter-ensembles"))
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", place.partition("?")[0])[:60]
-    return folder / f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    return cache_folder() / f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def in_parallel(function: Callable[[str], object], names: Iterable[str]) -> None:

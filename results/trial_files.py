@@ -38,6 +38,11 @@ class TrialFiles:
         return Path(self.root, "checkpoints", self.trial_id, "resume.pt")
 
     @property
+    def progress(self) -> Path | None:
+        """How far the epoch in progress is, see trainables/progress.py; None in an object store."""
+        return None if self.remote else self.resume.with_name("progress.txt")
+
+    @property
     def best(self) -> Path:
         """The best epoch's weights."""
         return self.weights("best")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from results.files import CACHE_VARIABLE
 from results.schema import DataWarning
 from trainables.datasets import SplitImages, load_dataset
-from trainables.pixel_cache import VARIABLE, Decoded, PixelCache, default_folder, warn_of_data
+from trainables.pixel_cache import SWITCH, Decoded, PixelCache, default_folder, warn_of_data
 
 
 class Decoding:
@@ -119,13 +120,15 @@ def test_small_datasets_are_decoded_every_time(tmp_path: Path, decoding: Decodin
 
 
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "hyperparameter-ensembles" / "pixels"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    for name in (SWITCH, CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert default_folder() == Path("/home/somebody/.cache/hyperparameter-ensembles/pixels")
-    monkeypatch.setenv(VARIABLE, "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "hyperparameter-ensembles" / "pixels"
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "given"))
+    assert default_folder() == tmp_path / "given" / "pixels"
+    monkeypatch.setenv(SWITCH, "off")
     assert default_folder() is None
 
 
@@ -140,19 +143,20 @@ def test_a_folder_of_photographs_is_split_the_same_from_the_cache(
         Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)).save(path)
     (tmp_path / "photos" / "a" / "cut.png").write_bytes(b"\x89PNG")
 
-    def load(cache: str) -> tuple[SplitImages, list[str]]:
-        monkeypatch.setenv(VARIABLE, cache)
+    def load(switch: str) -> tuple[SplitImages, list[str]]:
+        monkeypatch.setenv(SWITCH, switch)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             loaded = load_dataset(f"folder:{tmp_path / 'photos'}", data_dir="unused", image_size=16)
         return loaded, [str(warning.message) for warning in heard]
 
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     plain, said = load("off")
     for _ in range(2):
-        loaded, said_again = load(str(tmp_path / "cache"))
+        loaded, said_again = load("on")
         assert loaded.split_hash == plain.split_hash
         assert np.array_equal(loaded.images_NCHW, plain.images_NCHW)
         assert said_again == said
         assert "cut.png" in said[0]
-    (entry,) = (tmp_path / "cache").iterdir()
+    (entry,) = (tmp_path / "cache" / "pixels").iterdir()
     assert {path.name for path in entry.iterdir()} == {"pixels.npy", "labels.npy", "about.json"}

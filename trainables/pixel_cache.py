@@ -1,10 +1,10 @@
 """Decoded images on disk, so that the next run need not decode them again.
 
-The folder is that of the variable ENSEMBLES_PIXEL_CACHE (`off`: no cache), by default `hyperparameter-ensembles/pixels`
-in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). An entry is a folder with `pixels.npy`, `labels.npy` and
-`about.json`, named by what decides the pixels: the files that are read (path, size, modification time, inode), the side
-of an image, and the versions of what decodes. An entry appears complete or not at all, and never changes. Where nothing
-can be written there is no cache, and no error.
+They are in `pixels/` in the cache folder (HYPERPARAMETER_ENSEMBLES_CACHE, or `hyperparameter-ensembles` in
+XDG_CACHE_HOME or ~/.cache); HYPERPARAMETER_ENSEMBLES_PIXEL_CACHE=off turns that off. An entry is a folder with
+`pixels.npy`, `labels.npy` and `about.json`, named by what decides the pixels: the files that are read (path, size,
+modification time, inode), the side of an image, and the versions of what decodes. An entry appears complete or not at
+all, and never changes. Where nothing can be written there is no cache, and no error.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from results.files import cache_folder
 from results.schema import DataWarning, IntArray
 
-VARIABLE = "ENSEMBLES_PIXEL_CACHE"
+SWITCH = "HYPERPARAMETER_ENSEMBLES_PIXEL_CACHE"
 DECODING_VERSION = 1
 """To be raised when the code makes other pixels of the same files."""
 DECODERS = ("pillow", "pyarrow", "numpy")
@@ -56,15 +57,13 @@ def warn_of_data(message: str, *, stacklevel: int) -> None:
 
 
 def default_folder() -> Path | None:
-    """Return the cache's folder; None when there is none, or the user wants none."""
-    given = os.environ.get(VARIABLE)
-    if given == "off":
+    """Return the cache's folder; None when the user wants no cache, or has no home."""
+    if os.environ.get(SWITCH) == "off":
         return None
-    if given:
-        return Path(given)
-    named, at_home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
-    base = next((path for path in (named, at_home) if os.path.isabs(path)), None)
-    return None if base is None else Path(base) / "hyperparameter-ensembles" / "pixels"
+    try:
+        return cache_folder() / "pixels"
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from trainables.datasets import SplitImages
 from trainables.learner import Learner
 from trainables.loop import TrainState
 from trainables.process import die_with_parent, prepare_process
+from trainables.progress import ProgressFile
+from trainables.resident import batch_size_of
 from trainables.trial import images_on, run_trial
 
 
@@ -50,6 +52,11 @@ class TuneTrial(tune.Trainable):
         self._check_files = files.check_current
         state = TrainState(train_config, self._data, learner=self._learner)
         self._learner = state.learner
+        self._progress = ProgressFile(
+            files.progress,
+            epoch=config["epochs_recorded"] + 1,
+            steps_an_epoch=len(self._data.split.train) // batch_size_of(train_config, self._data.split),
+        )
         self._results = run_trial(
             train_config,
             self._data,
@@ -58,6 +65,7 @@ class TuneTrial(tune.Trainable):
             state=state,
             rung_epochs=config["rung_epochs"],
             epochs_recorded=config["epochs_recorded"],
+            on_step=self._progress.step,
         )
 
     def step(self) -> dict[str, Any]:
@@ -78,4 +86,5 @@ class TuneTrial(tune.Trainable):
             if error.errno in DISK_FULL:
                 return {"disk_full": str(error)}
             raise
+        self._progress.epoch_ended(result.epoch)
         return {"worker": platform.node(), **asdict(result)}
