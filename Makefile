@@ -1,18 +1,22 @@
-# make demo, make test, make check: each from a fresh clone with nothing but Python 3.11+, make and pip.
+# make demo, make test, make soak, make check: each from a fresh clone with nothing but Python 3.11+, make and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: .venv/.runtime
 	$(BIN)/python -m orchestrator.search digits --train-fraction 0.25 --num-trials 30 --name $(DEMO)
 	$(BIN)/python -m orchestrator.ensemble --experiment $(DEMO) --top-k 5
 
-# Searches and trainings under Ray use the whole machine, one after the other; all other tests a core each.
+# One thread a test process; what Ray starts sets its own number. Files with Ray tests are the longest and go first.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 test: check
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not ray' -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m 'ray and not cluster'
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# What takes minutes: kills at random moments, and the least that `ray up` has to do.
+soak: .venv/.development
+	$(PYTEST) -m soak
 
 check: .venv/.development
 	$(BIN)/ruff check .

@@ -23,54 +23,63 @@ from orchestrator import growth, ray_cluster, searcher, workers
 from results.history import TrialHistory
 from results.schema import UsageError
 from results.store import Experiment
-from tests.background import ON_A_BUSY_MACHINE, PATIENCE, epochs_in_log, running, wait_for_epochs, wait_until
+from tests.background import (
+    PATIENCE,
+    SLOW_SPACE,
+    epochs_in_log,
+    running,
+    wait_for_epochs,
+    wait_until,
+)
+from tests.clusters import cluster_of
 from tests.conftest import ROOT, CommandLine
-from tests.test_search_on_ray import SLOW_SPACE
 
 SETTINGS = [
     *("dataset=digits", "backbone=small_cnn", "batch_size=46", "train_fraction=0.4", "max_epochs=1000"),
     *("warmup_epochs=1", "initial_image_size=none", "image_size=16"),
 ]
+# A host that is added to ray.cluster_utils.Cluster leaves a socket to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+ENDLESS_SPACE = SLOW_SPACE.format(num_trials=2, max_epochs=1000)
 ARGUMENTS = ["speedrun", "--set", *SETTINGS, "--results-dir", "runs", "--name", "many"]
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A cluster whose head has room for one worker."""
-    for name, value in ON_A_BUSY_MACHINE.items():
-        monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
+    with cluster_of(1) as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=60"))
+    (tmp_path / "slow.py").write_text(ENDLESS_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "2", "--max-concurrent", "2", "--halving", "none"]
+    arguments = ["slow.py", "--results-dir", "runs", "--max-concurrent", "2", "--halving", "none"]
     second = cluster.add_node(num_cpus=1)
 
     def trials() -> list[TrialHistory]:
         return list(Experiment.open(root.parent, "slow").history.trials.values())
 
+    def lost_trial_is_further() -> bool:
+        pairs = zip(before, trials(), strict=True)
+        return all(now.last_epoch > trial.last_epoch + 1 for trial, now in pairs if now.retries)
+
     with running(tmp_path, "orchestrator.search", *arguments, "--address", cluster.address, output=output) as process:
         wait_for_epochs(root, 1, process, output)
-        wait_until(lambda: [3 <= trial.last_epoch <= 45 for trial in trials()] == [True, True], process, output)
+        wait_until(lambda: [trial.last_epoch >= 3 for trial in trials()] == [True, True], process, output)
         before = trials()
         cluster.remove_node(second, allow_graceful=False)
-        wait_until(lambda: sum(t.retries for t in trials()) == 1, process, output)
+        wait_until(lambda: sum(trial.retries for trial in trials()) == 1, process, output)
         cluster.add_node(num_cpus=1)
-        assert process.wait(timeout=PATIENCE) == 0, output.read_text()
+        wait_until(lost_trial_is_further, process, output)
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 130, output.read_text()
     experiment = Experiment.open(root.parent, "slow")
-    assert sorted(experiment.trials()["retries"]) == [0, 1]
-    assert set(experiment.trials()["status"]) == {"completed"}
+    assert sorted(trial.retries for trial in trials()) == [0, 1]
     for _, epochs in experiment.epochs().groupby("trial_id"):
-        assert epochs["epoch"].tolist() == list(range(1, 61))
+        assert epochs["epoch"].tolist() == list(range(1, len(epochs) + 1))
     for trial in before:
         later = experiment.history.trials[trial.trial_id]
         assert [e.at for e in later.epochs[: len(trial.epochs)]] == [e.at for e in trial.epochs]
@@ -78,7 +87,6 @@ def test_a_search_whose_host_is_lost_goes_on_elsewhere_from_its_checkpoint(clust
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_an_elastic_group_shrinks_with_a_lost_host_and_grows_with_a_new_one(cluster: Cluster, tmp_path: Path) -> None:
     root, output = tmp_path / "runs" / "many", tmp_path / "output"
     second = cluster.add_node(num_cpus=1)
@@ -215,21 +223,21 @@ def host_that_does_not_see(folder: Path, cluster: Cluster, log: Path) -> Iterato
         f"mount -t tmpfs none {folder} && exec {sys.executable} -m ray.scripts.scripts start --block "
         f"--num-cpus 1 --address {cluster.address} --disable-usage-stats"
     )
-    hosts = len(cluster.global_state._live_node_ids())
+    hosts = len(cluster.global_state._live_node_ids()) + 1
     with log.open("wb") as output:
         host = subprocess.Popen(
             ["unshare", "-m", "sh", "-c", start], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         deadline = time.monotonic() + PATIENCE
-        while len(cluster.global_state._live_node_ids()) == hosts:
+        while len(cluster.global_state._live_node_ids()) < hosts:
             assert host.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield
     finally:
         os.killpg(host.pid, 15)
-        host.wait(timeout=60)
+        host.wait(timeout=PATIENCE)
 
 
 @pytest.mark.ray
@@ -253,7 +261,7 @@ def test_a_host_that_joins_later_and_does_not_see_the_results_ends_the_search_wi
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(growth.VARIABLE, '{"CPU": 2}')
-    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=1000"))
+    (tmp_path / "slow.py").write_text(ENDLESS_SPACE)
     root, output = tmp_path / "runs" / "slow", tmp_path / "output"
     arguments = ["slow.py", "--results-dir", "runs", "--max-concurrent", "2", "--address", cluster.address]
     with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:

@@ -1,161 +1,173 @@
-"""Real searches on real Ray clusters, with real signals: nothing is lost."""
+"""Real searches on real Ray clusters: what the command prints and leaves, and what it does with what goes wrong."""
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
 import re
-import shutil
-import signal
+import socket
 import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
-import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from orchestrator.driver import make_ledger
-from orchestrator.plan import SearchPlan, resumed
-from results.events import EpochReported, TrialStarted, read_events
 from results.schema import SelectPredictions, TestPredictions
-from results.store import Experiment, TrialFiles
+from results.store import Experiment
 from results.study import open_study
-from search_spaces.space import load_space
-from tests.background import epochs_in_log, running, training_workers, wait_for_epochs
-from tests.conftest import CommandLine
-from tests.test_event_log import snapshot
-from tests.test_search_logic import rung_state
-from trainables.config import TrainConfig
-from trainables.datasets import load_dataset
-from trainables.resident import ResidentImages
-from trainables.trial import run_trial
+from tests.background import PATIENCE
+from tests.conftest import CLUSTER_CPUS, CommandLine, command_environment, run_command
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# Epochs of a third of a second: long enough to be hit by a signal.
-SLOW_SPACE = """
-from optuna.distributions import FloatDistribution
-from search_spaces.space import Budget, SearchSpace
-from trainables.config import TrainConfig
-
-SPACE = SearchSpace(
-    base=TrainConfig(dataset="digits", backbone="efficient200k", batch_size=64, crop_padding=1, flip=False,
-                     image_size=12, train_fraction=0.4, ema_decay=0.9),
-    dimensions={"dropout": FloatDistribution(0.0, 0.5), "lr": FloatDistribution(1e-3, 0.3, log=True)},
-    baselines=({"dropout": 0.1, "lr": 0.05},),
-    budget=Budget(num_trials=10, max_epochs=9),
-)
-"""
+NUM_TRIALS, RUNG = 24, 2
+ARGUMENTS = [
+    *("digits", "--num-trials", str(NUM_TRIALS), "--max-epochs", "6", "--train-fraction", "0.2"),
+    *("--control-fraction", "0.5", "--finalists", "1", "--set", "ema_decay=0.9"),
+]
+STATES = {"completed": "Complete", "pruned": "Pruned", "failed": "Fail"}
 
 
-def fresh_weights(trial: TrialStarted, folder: Path, *, epochs: int) -> bytes:
-    """The best weights of a trial's configuration after so many epochs, trained here from scratch on one thread."""
-    config = TrainConfig(**trial.config)
-    data = load_dataset("digits", data_dir="unused", image_size=config.image_size, train_fraction=config.train_fraction)
-    folder.mkdir(exist_ok=True)
-    files = TrialFiles(str(folder), trial.trial_id, 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@dataclass(frozen=True)
+class Search:
+    """A search that has ended: what it printed, and what it left below `folder`."""
+
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def experiment(self) -> Experiment:
+        """What it left."""
+        return Experiment.open(self.folder / "results" / "runs", "digits")
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """A row for each trial."""
+        return pd.read_parquet(self.experiment.root / "trials")
+
+    @property
+    def epochs(self) -> pd.DataFrame:
+        """A row for each epoch."""
+        return pd.read_parquet(self.experiment.root / "epochs")
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A search as a user starts it, on a cluster of its own."""
+    folder = tmp_path_factory.mktemp("search")
+    done = run_command(folder, "orchestrator.search", *ARGUMENTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Search(folder, done)
+
+
+def test_the_command_starts_from_a_shell() -> None:
+    command = [sys.executable, "-m", "orchestrator.search", "no such space"]
+    done = subprocess.run(command, env=command_environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no search space 'no such space'; there are cifar10, ")
+
+
+def test_a_search_ends_with_its_numbers_and_the_command_for_an_ensemble(search: Search) -> None:
+    status = search.trials["status"].value_counts()
+    done, stopped = status["completed"], status.get("pruned", 0)
+    assert done + stopped == NUM_TRIALS + 1  # a finalist
+    assert f"{NUM_TRIALS + 1} trials: {done} done, {stopped} stopped early, 0 failed" in search.done.stdout
+    next_command = search.done.stdout.rstrip().splitlines()[-1].split()
+    assert next_command[:3] == ["python", "-m", "orchestrator.ensemble"]
+    made = run_command(search.folder, "orchestrator.ensemble", *next_command[3:])
+    assert made.returncode == 0, made.stdout + made.stderr
+    for heading in (
+        "estimate: read once, after choosing (117 images;",
+        "test: scored once, never chosen on (359 images;",
+    ):
+        assert heading in made.stdout
+    scores = pd.read_parquet(search.experiment.root / "ensembles" / "e0001" / "scores.parquet")
+    chosen = scores.query("chosen and metric == 'accuracy'").set_index("split")
+    assert list(chosen.index) == ["select", "estimate", "test"]
+    assert (chosen["gain_ci_low"] <= chosen["gain"]).all()
+    assert (chosen["k"] == 5).all()
+
+
+def test_the_figures_of_a_row_are_those_of_the_stored_logits(search: Search) -> None:
+    trial = search.trials[search.trials["status"] == "completed"].iloc[0]
+    select = search.experiment.predictions(trial["trial_id"], SelectPredictions)
+    assert (select.logits_NC.argmax(1) == select.labels_N).mean() == trial["val_accuracy"]
+    assert len(search.experiment.predictions(trial["trial_id"], TestPredictions).labels_N) == 359
+    assert re.fullmatch(r"checkpoints/t\d{5}/best.safetensors", trial["checkpoint"])
+
+
+def test_a_name_that_is_taken_is_refused(search: Search) -> None:
+    again = run_command(search.folder, "orchestrator.search", "digits", "--num-trials", "8")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_a_search_prints_what_its_controls_say_of_early_stopping(search: Search) -> None:
+    trials, epochs = search.trials, search.epochs
+    controls = trials[trials["control"] & (trials["stage"] == "search")]
+    assert len(controls) >= 10
+    assert set(controls["status"]) == {"completed"}
+    rows = epochs[epochs["rung"].notna() & epochs["trial_id"].isin(controls["trial_id"])].set_index("trial_id")
+    assert set(rows["epoch"]) == {RUNG}
+    assert set(rows["decision"]) <= {"continue", "spared"}
+    final = controls.set_index("trial_id")["val_accuracy"]
+    correlation = rows["val_accuracy"].rank().corr(final.loc[rows.index].rank())
+    assert (
+        f"rung 1 (epoch {RUNG}), {len(rows)} controls: rank correlation with the final value {correlation:+.2f}"
+        in search.done.stdout
+    )
+    spared = rows.index[rows["decision"] == "spared"]
+    best = final.drop(spared).max()
+    printed = re.search(r"of (\d+) that would have been stopped, (\d+) ended best", search.done.stdout)
+    assert bool(printed) == bool(len(spared))
+    if printed:
+        assert [int(number) for number in printed.groups()] == [len(spared), int((final[spared] > best).sum())]
+    (finalist,) = trials[trials["stage"] == "finalist"].to_dict("records")
+    assert f"{finalist['finalist_of']}  val_accuracy" in search.done.stdout
+
+
+def test_the_dashboard_shows_the_states_and_values_of_the_tables(search: Search) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dashboard = [str(Path(sys.executable).with_name("optuna-dashboard")), str(search.experiment.root / "study.journal")]
+    process = subprocess.Popen([*dashboard, "--port", str(port), "--server", "wsgiref", "--quiet"])
     try:
-        training = run_trial(config, ResidentImages.on("cpu", data), files=files, rung_epochs=(3,))
-        list(itertools.islice(training, epochs))
+        (study,) = fetched(f"http://127.0.0.1:{port}/api/studies")["study_summaries"]
+        shown = fetched(f"http://127.0.0.1:{port}/api/studies/{study['study_id']}")["trials"]
     finally:
-        torch.set_num_threads(threads)
-    return files.best.read_bytes()
+        process.kill()
+        process.wait()
+    trials, epochs = search.trials, search.epochs
+    assert [f"t{trial['number']:05d}" for trial in shown] == trials["trial_id"].tolist()
+    for trial, row in zip(shown, trials.to_dict("records"), strict=True):
+        assert trial["state"] == STATES[row["status"]]
+        if row["status"] == "completed":
+            assert trial["values"] == [row["val_accuracy"]]
+        curve = epochs[epochs["trial_id"] == row["trial_id"]].set_index("epoch")["val_accuracy"]
+        assert {v["step"]: v["value"] for v in trial["intermediate_values"]} == curve.to_dict()
 
 
-def test_five_kills_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE)
-    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs", "--halving", "asha"]
-    rows: dict[str, str] = {}
-    delays = np.random.default_rng().uniform(0.0, 1.5, size=5)
-    print("killed so long after an epoch:", delays)
-    for number, delay in enumerate(delays):
-        resume = ["--resume"] if number else []
-        before = epochs_in_log(root)
-        with running(tmp_path, "orchestrator.search", *arguments, *resume, output=output) as process:
-            wait_for_epochs(root, before + 2, process, output)
-            killed_at = time.monotonic() + delay
-            while time.monotonic() < killed_at and epochs_in_log(root) < before + 4:  # five times four is not all
-                time.sleep(0.01)
-            workers = training_workers(process.pid)
-            assert process.poll() is None, output.read_text()
-            process.kill()
-        assert workers
-        psutil.wait_procs(workers, timeout=10)
-        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-        still = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-        time.sleep(1)
-        assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == still
-        now = ended_rows(root)
-        assert {trial_id: now[trial_id] for trial_id in rows} == rows
-        rows = now
-    with running(tmp_path, "orchestrator.search", *arguments, "--resume", output=output) as process:
-        assert process.wait(timeout=240) == 0, output.read_text()
-
-    now = ended_rows(root)
-    assert {trial_id: now[trial_id] for trial_id in rows} == rows
-    assert sorted(now) == [f"t{i:05d}" for i in range(10)]
-    experiment = Experiment.open(root.parent, "slow")
-    epochs = experiment.epochs()
-    for _, of_trial in epochs.groupby("trial_id"):
-        assert of_trial["epoch"].tolist() == list(range(1, len(of_trial) + 1))
-    assert not list(root.rglob("*.tmp"))
-    before_rebuild = snapshot(root)
-    experiment.rebuild()
-    assert snapshot(root) == before_rebuild
-    rung = {
-        event.trial_id: event.result.raw_val_accuracy
-        for event in read_events(root / "events")
-        if isinstance(event, EpochReported) and event.result.epoch == 3
-    }
-    with experiment.driving():
-        assert rung_state(replayed(experiment)) == [rung]
-
-    # Every trial, killed and resumed or trained by a reused actor, equals one trained afresh.
-    for trial_id, trial in experiment.history.trials.items():
-        fresh = fresh_weights(trial.started, tmp_path / "fresh", epochs=trial.last_epoch)
-        assert experiment.weights(trial_id, "best").read_bytes() == fresh, trial_id
-        assert trial.has_predictions == trial.completed
-
-
-def replayed(experiment: Experiment) -> object:
-    """The halving of a search, restored from its log."""
-    source = load_space(str(experiment.root.parent.parent / "slow.py"))
-    plan = SearchPlan(source=source, overrides={}, num_trials=None, seed=0, halving="asha")
-    plan = resumed(plan, experiment.info)
-    return make_ledger(experiment, plan, max_concurrent=2).halving
-
-
-def ended_rows(root: Path) -> dict[str, str]:
-    """The rows of ended trials as texts, without the one column that retention may change."""
-    rows = pq.read_table(root / "trials").drop_columns("checkpoint").to_pylist()
-    return {row["trial_id"]: repr(row) for row in rows}
-
-
-def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE)
-    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "2", "--halving", "none"]
-    with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:
-        wait_for_epochs(root, 4, process, output)
-        training_workers(process.pid)[0].kill()
-        assert process.wait(timeout=240) == 0, output.read_text()
-    experiment = Experiment.open(root.parent, "slow")
-    trials = experiment.trials()
-    assert trials["status"].tolist() == ["completed", "completed"]
-    assert sorted(trials["retries"]) == [0, 1]
-    assert (trials["epochs_trained"] == 9).all()
-    for trial_id in trials["trial_id"]:
-        fresh = fresh_weights(experiment.history.trials[trial_id].started, tmp_path / "fresh", epochs=9)
-        assert experiment.weights(trial_id, "best").read_bytes() == fresh
+def fetched(url: str) -> dict[str, Any]:
+    """JSON from a server that may be about to start."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, url
+            time.sleep(0.2)
 
 
 FAULTY_SPACE = """
@@ -178,9 +190,12 @@ SPACE = SearchSpace(
 """
 
 
-def test_a_diverged_and_a_crashed_trial_do_not_end_the_search(tmp_path: Path, command: CommandLine) -> None:
+def test_a_diverged_and_a_crashed_trial_do_not_end_the_search(
+    ray_address: str, tmp_path: Path, command: CommandLine
+) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY_SPACE)
-    done = command("orchestrator.search", "faulty.py", "--results-dir", "runs", "--halving", "none")
+    arguments = ["faulty.py", "--results-dir", "runs", "--halving", "none", "--max-concurrent", "1"]
+    done = command("orchestrator.search", *arguments, "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
     experiment = Experiment.open(tmp_path / "runs", "faulty")
     trials = experiment.trials().set_index("trial_id")
@@ -196,30 +211,12 @@ def test_a_diverged_and_a_crashed_trial_do_not_end_the_search(tmp_path: Path, co
     assert "2 done, 0 stopped early, 2 failed" in done.stdout
 
 
-def test_sigint_stops_within_seconds_and_a_moved_folder_resumes(tmp_path: Path, command: CommandLine) -> None:
-    # Trials of 20 epochs: both are far from their ends when the signal comes, after four epochs between them.
-    (tmp_path / "slow.py").write_text(SLOW_SPACE.replace("max_epochs=9", "max_epochs=20"))
-    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    with running(
-        tmp_path, "orchestrator.search", "slow.py", "--results-dir", "runs", "--num-trials", "2", output=output
-    ) as process:
-        wait_for_epochs(root, 4, process, output)
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert time.monotonic() - started < 30  # on a busy machine too
-    assert "To go on:\n  python -m orchestrator.search slow.py --results-dir runs --num-trials 2 --resume" in (
-        output.read_text()
-    )
-    assert '"state": "interrupted"' in (root / "experiment.json").read_text()
-    assert Experiment.open(root.parent, "slow").history.unfinished
-    shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
-    done = command("orchestrator.search", "slow.py", "--results-dir", "elsewhere", "--resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    moved = Experiment.open(tmp_path / "elsewhere", "slow")
-    assert len(moved.trials()) == 2
-    assert moved.history.state == "finished"
-    assert not (tmp_path / "runs").exists()
+def test_a_search_whose_every_trial_fails_is_failed(ray_address: str, tmp_path: Path, command: CommandLine) -> None:
+    arguments = ["digits", "--num-trials", "2", "--set", "lr=1e30", "--max-concurrent", "1", "--address", ray_address]
+    done = command("orchestrator.search", *arguments)
+    assert done.returncode == 1
+    assert "error: every trial failed, the last one so: diverged at epoch" in done.stderr
+    assert len(Experiment.open(tmp_path / "results" / "runs", "digits").trials()) == 2
 
 
 @pytest.fixture
@@ -234,8 +231,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_search_and_it_resumes_when_there_is_room(small_disk: Path, command: CommandLine) -> None:
+def test_a_full_disk_ends_the_search_and_it_resumes_when_there_is_room(
+    small_disk: Path, ray_address: str, command: CommandLine
+) -> None:
     arguments = ["digits", "--results-dir", str(small_disk), "--num-trials", "4", "--max-epochs", "6"]
+    arguments += ["--max-concurrent", "1", "--address", ray_address]
     full = command("orchestrator.search", *arguments)
     assert full.returncode == 1, full.stdout + full.stderr
     assert "No space left on device" in full.stderr
@@ -249,41 +249,13 @@ def test_a_full_disk_ends_the_search_and_it_resumes_when_there_is_room(small_dis
     assert set(trials["status"]) <= {"completed", "pruned"}
 
 
-def test_a_search_and_its_ensemble_from_the_command_line(tmp_path: Path, command: CommandLine) -> None:
-    done = command("orchestrator.search", "digits", "--num-trials", "8", "--halving", "none", "--set", "ema_decay=0.9")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 trials: 8 done, 0 stopped early, 0 failed" in done.stdout
-    next_command = done.stdout.rstrip().splitlines()[-1].split()
-    assert next_command[:3] == ["python", "-m", "orchestrator.ensemble"]
-    made = command("orchestrator.ensemble", *next_command[3:])
-    assert made.returncode == 0, made.stdout + made.stderr
-    for heading in (
-        "estimate: read once, after choosing (117 images;",
-        "test: scored once, never chosen on (359 images;",
-    ):
-        assert heading in made.stdout
-    root = tmp_path / "results" / "runs" / "digits"
-    scores = pd.read_parquet(root / "ensembles" / "e0001" / "scores.parquet")
-    chosen = scores.query("chosen and metric == 'accuracy'").set_index("split")
-    assert list(chosen.index) == ["select", "estimate", "test"]
-    assert (chosen["gain_ci_low"] <= chosen["gain"]).all()
-    assert (chosen["k"] == 5).all()
-    # The figures in the row are those of the stored logits, which are those of the stored weights.
-    experiment = Experiment.open(root.parent, "digits")
-    trial = experiment.trials().iloc[0]
-    select = experiment.predictions(trial["trial_id"], SelectPredictions)
-    assert (select.logits_NC.argmax(1) == select.labels_N).mean() == trial["val_accuracy"]
-    assert len(experiment.predictions(trial["trial_id"], TestPredictions).labels_N) == 359
-    assert re.fullmatch(r"checkpoints/t\d{5}/best.safetensors", trial["checkpoint"])
-    again = command("orchestrator.search", "digits", "--num-trials", "8")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
-
-
-def test_a_search_that_ray_cannot_serve_makes_no_experiment(tmp_path: Path, command: CommandLine) -> None:
+def test_a_search_that_ray_cannot_serve_makes_no_experiment(
+    ray_address: str, tmp_path: Path, command: CommandLine
+) -> None:
+    there = ["--address", ray_address]
     for arguments, message in (
-        (["--device", "cuda"], "--device cuda, but Ray sees no GPU; give --device cpu"),
-        (["--cpus-per-trial", "4096"], "a trial wants 4096 CPUs and 0 GPUs, and there are"),
+        (["--device", "cuda", *there], "--device cuda, but Ray sees no GPU; give --device cpu"),
+        (["--cpus-per-trial", "4096", *there], f"a trial wants 4096 CPUs and 0 GPUs, and there are {CLUSTER_CPUS} and"),
         (["--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster answers there"),
     ):
         if "cuda" in arguments and torch.cuda.is_available():
@@ -293,27 +265,3 @@ def test_a_search_that_ray_cannot_serve_makes_no_experiment(tmp_path: Path, comm
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "results").exists()
-
-
-def test_a_second_driver_is_refused_and_sigterm_is_an_interrupt_too(tmp_path: Path, command: CommandLine) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_SPACE)
-    root, output = tmp_path / "runs" / "slow", tmp_path / "output"
-    # So many trials that the first driver cannot be done before the second has been refused.
-    arguments = ["slow.py", "--results-dir", "runs", "--num-trials", "1000"]
-    with running(tmp_path, "orchestrator.search", *arguments, output=output) as process:
-        wait_for_epochs(root, 1, process, output)
-        second = command("orchestrator.search", *arguments, "--resume")
-        assert second.returncode == 2
-        assert "being written to by another process" in second.stderr
-        assert process.poll() is None
-        process.terminate()
-        assert process.wait(timeout=60) == 130
-    assert "interrupted; nothing is lost" in output.read_text()
-    assert Experiment.open(root.parent, "slow").history.state == "interrupted"
-
-
-def test_a_search_whose_every_trial_fails_is_failed(tmp_path: Path, command: CommandLine) -> None:
-    done = command("orchestrator.search", "digits", "--num-trials", "2", "--set", "lr=1e30")
-    assert done.returncode == 1
-    assert "error: every trial failed, the last one so: diverged at epoch" in done.stderr
-    assert len(Experiment.open(tmp_path / "results" / "runs", "digits").trials()) == 2

@@ -124,6 +124,7 @@ def ray_up(session: Session) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_search_makes_the_cluster_grow_and_leaves_its_results_in_s3(session: Session) -> None:
     head = ray_up(session)
