@@ -363,22 +363,23 @@ class Killed(BaseException):
     """The process is gone: nothing more is written."""
 
 
-def dying_after(checks: int, error: type[BaseException]) -> Callable[[], None]:
+def dying_after(checks: int, error: type[BaseException], *, runs: Path) -> Callable[[], None]:
+    """Raise an error in the check after so many, counted from the moment when the students' experiment is there."""
     left = iter(range(checks))
 
     def check() -> None:
-        if next(left, None) is None:
+        if (runs / STUDENTS / "experiment.json").exists() and next(left, None) is None:
             raise error
 
     return check
 
 
-@pytest.mark.parametrize("checks", [3, 15, 30, 44, 78])
+@pytest.mark.parametrize("checks", [3, 15, 30, 44, 58, 92])
 def test_killed_at_any_moment_and_resumed_equals_never_killed(
     checks: int, runs: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(cli.INTERRUPTS, "check", dying_after(checks, Killed))
+        patched.setattr(cli.INTERRUPTS, "check", dying_after(checks, Killed, runs=runs))
         with pytest.raises(Killed):
             distilled(runs)
     assert distilled(runs, "--resume") == 0
@@ -393,7 +394,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed(
 def test_an_interrupt_says_how_to_go_on(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.INTERRUPTS, "check", dying_after(15, cli.Interrupted))
+    monkeypatch.setattr(cli.INTERRUPTS, "check", dying_after(15, cli.Interrupted, runs=runs))
     assert distilled(runs) == cli.INTERRUPTED
     assert "--resume" in capsys.readouterr().out
     assert json.loads((runs / STUDENTS / "experiment.json").read_text())["state"] == "interrupted"
