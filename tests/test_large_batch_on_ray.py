@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,18 @@ from orchestrator.ray_cluster import not_reachable
 from results.events import TrialRetried, read_events
 from results.schema import TestPredictions, UsageError
 from results.store import Experiment, TrialFiles
-from tests.background import PATIENCE, epochs_in_log, running, training_workers, wait_for_epochs, wait_until
-from tests.conftest import CommandLine, command_environment
+from tests.background import (
+    PATIENCE,
+    epochs_in_log,
+    running,
+    still_there,
+    training_workers,
+    wait_for_a_moment,
+    wait_for_epochs,
+    wait_until,
+)
+from tests.commands import Command
+from tests.conftest import CLUSTER_CPUS, CommandLine, command_environment, run_command
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages
 from trainables.learner import Learner
@@ -37,72 +46,96 @@ SETTINGS = [
 ARGUMENTS = ["speedrun", "--set", *SETTINGS, "--results-dir", "runs", "--name", "many"]
 
 
-def wait_for_text(text: str, times: int, process: subprocess.Popen[bytes], output: Path) -> None:
-    wait_until(lambda: output.read_text().count(text) >= times, process, output)
+@dataclass(frozen=True)
+class Training:
+    """A training that workers divided among them, what its drivers printed, and the same training by one process."""
+
+    divided: Experiment
+    alone: Experiment
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A training whose workers and drivers were killed and told to stop."""
+    folder = tmp_path_factory.mktemp("training")
+    root, output = folder / "runs" / "many", folder / "output"
+    rng = np.random.default_rng()
+    end_workers_and_driver(folder, root, output, rng)
+    kill_driver(folder, root, output, rng)
+    arguments = [*ARGUMENTS, "--num-workers", "1", "--resume"]
+    with running(folder, "orchestrator.train", *arguments, output=output) as process:
+        assert process.wait(timeout=PATIENCE) == 0, output.read_text()
+    done = run_command(folder, "orchestrator.train", *ARGUMENTS[:-1], "alone")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Training(*(Experiment.open(root.parent, name) for name in ("many", "alone")), output)
+
+
+def end_workers_and_driver(folder: Path, root: Path, output: Path, rng: np.random.Generator) -> None:
+    """Kill a worker, tell another one to stop, then the driver, each after an epoch."""
+    arguments = [*ARGUMENTS, "--num-workers", "2"]
+    with running(folder, "orchestrator.train", *arguments, output=output) as process:
+        for restarts, what in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
+            workers = workers_after_an_epoch(root, process, output, rng)
+            workers[rng.integers(2)].send_signal(what)
+            wait_until(lambda: output.read_text().count("going on after") >= restarts, process, output)  # noqa: B023
+        workers = workers_after_an_epoch(root, process, output, rng)
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 130, output.read_text()
+    assert not still_there(workers)
+
+
+def kill_driver(folder: Path, root: Path, output: Path, rng: np.random.Generator) -> None:
+    """Resume, and kill the driver after an epoch."""
+    arguments = [*ARGUMENTS, "--num-workers", "2", "--resume"]
+    with running(folder, "orchestrator.train", *arguments, output=output) as process:
+        workers = workers_after_an_epoch(root, process, output, rng)
+        process.kill()
+    assert not still_there(workers)
+
+
+def workers_after_an_epoch(
+    root: Path, process: Command, output: Path, rng: np.random.Generator
+) -> list[psutil.Process]:
+    """Wait for one more epoch, and a moment. Returns the workers that train the next one."""
+    wait_for_epochs(root, epochs_in_log(root) + 1, process, output)
+    delay = rng.uniform(0, 0.5)
+    print(f"a signal {delay:.3f} s after an epoch")
+    wait_for_a_moment(delay, root, epochs=2)
+    workers = training_workers(process.pid)
+    assert len(workers) == 2
+    return workers
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_kills_of_workers_and_drivers_lose_nothing_and_change_nothing(tmp_path: Path, command: CommandLine) -> None:
-    root, output = tmp_path / "runs" / "many", tmp_path / "output"
-    rng = np.random.default_rng()
-    moments = [
-        ("worker", signal.SIGKILL, "2"),
-        ("driver", signal.SIGKILL, "2"),
-        ("worker", signal.SIGTERM, "2"),
-        ("driver", signal.SIGTERM, "2"),
-    ]
-    for number, (whom, what, num_workers) in enumerate(moments):
-        resume = ["--resume"] if number else []
-        before = epochs_in_log(root)
-        with running(
-            tmp_path, "orchestrator.train", *ARGUMENTS, "--num-workers", num_workers, *resume, output=output
-        ) as process:
-            wait_for_epochs(root, before + 1, process, output)
-            delay = rng.uniform(0, 0.5)
-            print(f"{what.name} to a {whom} {delay:.3f} s after an epoch")
-            time.sleep(delay)
-            workers = training_workers(process.pid)
-            assert len(workers) == 2
-            victim = process if whom == "driver" else workers[rng.integers(2)]
-            restarts = output.read_text().count("going on after")
-            victim.send_signal(what)
-            if whom == "worker":
-                wait_for_text("going on after", restarts + 1, process, output)
-                wait_for_epochs(root, epochs_in_log(root) + 1, process, output)
-                process.kill()
-            elif what is signal.SIGTERM:
-                assert process.wait(timeout=PATIENCE) == 130, output.read_text()
-        psutil.wait_procs(workers, timeout=15)
-        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-    with running(
-        tmp_path, "orchestrator.train", *ARGUMENTS, "--num-workers", "1", "--resume", output=output
-    ) as process:
-        assert process.wait(timeout=PATIENCE) == 0, output.read_text()
-
-    text = output.read_text()
+@pytest.mark.timeout(6 * PATIENCE)
+def test_kills_of_workers_and_drivers_lose_no_epoch(training: Training) -> None:
+    text = training.output.read_text()
     assert "interrupted; nothing is lost. To go on:\n  python -m orchestrator.train speedrun" in text
     assert "going on after epoch" in text
-    experiment = Experiment.open(root.parent, "many")
-    epochs, (trial,) = experiment.epochs(), experiment.trials().to_dict("records")
+    epochs, (trial,) = training.divided.epochs(), training.divided.trials().to_dict("records")
     assert epochs["epoch"].tolist() == list(range(1, EPOCHS + 1))
     assert (trial["stage"], trial["status"], trial["epochs_trained"]) == ("large_batch", "completed", EPOCHS)
     # A worker that was told to leave is no failure; one that was killed is.
-    assert sum(isinstance(event, TrialRetried) for event in read_events(root / "events")) == trial["retries"] == 1
+    events = read_events(training.divided.root / "events")
+    assert sum(isinstance(event, TrialRetried) for event in events) == trial["retries"] == 1
 
-    done = command("orchestrator.train", *ARGUMENTS[:-1], "alone", timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    alone = Experiment.open(root.parent, "alone")
-    expected = alone.epochs()
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(6 * PATIENCE)
+def test_kills_of_workers_and_drivers_change_no_figure(training: Training) -> None:
+    epochs, expected = training.divided.epochs(), training.alone.epochs()
     np.testing.assert_allclose(epochs["train_loss"], expected["train_loss"], rtol=1e-8)
     np.testing.assert_allclose(epochs["grad_norm"], expected["grad_norm"], rtol=1e-7)
     # Of labels whose weights have single precision.
     np.testing.assert_allclose(epochs["train_accuracy"], expected["train_accuracy"], rtol=1e-6)
-    variants = experiment.stored_counts("t00000")
-    assert variants == alone.stored_counts("t00000")
+    both = (training.divided, training.alone)
+    variants, of_one = (experiment.stored_counts("t00000") for experiment in both)
+    assert variants == of_one
     for variant in variants:
-        ours, theirs = (e.predictions("t00000", TestPredictions, variant=variant) for e in (experiment, alone))
+        ours, theirs = (experiment.predictions("t00000", TestPredictions, variant=variant) for experiment in both)
         np.testing.assert_allclose(ours.logits_NC.astype(float), theirs.logits_NC.astype(float), atol=0.02)
 
 
@@ -118,12 +151,13 @@ def test_a_training_that_always_fails_ends_with_the_reason(tmp_path: Path, comma
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_what_ray_cannot_serve_makes_no_experiment(tmp_path: Path, command: CommandLine) -> None:
-    many = str(1 + (os.cpu_count() or 1))
+def test_what_ray_cannot_serve_makes_no_experiment(ray_address: str, tmp_path: Path, command: CommandLine) -> None:
+    many = str(1 + CLUSTER_CPUS)
     arguments = ["speedrun", "--set", "dataset=digits", "initial_image_size=none", "batch_size=64", "--device", "cpu"]
+    there = ["--address", ray_address]
     for more, message in (
-        (["--num-workers", many], f"--num-workers {many}, but Ray sees {int(many) - 1} CPU"),
-        (["--elastic", f"{many}:{many}0"], f"--elastic {many}:{many}0, but Ray sees {int(many) - 1} CPU"),
+        (["--num-workers", many, *there], f"--num-workers {many}, but Ray sees {CLUSTER_CPUS} CPU"),
+        (["--elastic", f"{many}:{many}0", *there], f"--elastic {many}:{many}0, but Ray sees {CLUSTER_CPUS} CPU"),
         (["--num-workers", "1", "--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster answers there"),
     ):
         done = command("orchestrator.train", *arguments, *more)
