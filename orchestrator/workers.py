@@ -147,7 +147,12 @@ def _start_actor(workers: Workers) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     settings = TRAIN_SETTINGS | (ELASTIC_SETTINGS if workers.elastic else {})
     actor = ray.remote(num_cpus=0, max_concurrency=CALLS_AT_A_TIME)(TrainingActor)
-    return actor.options(scheduling_strategy=here, runtime_env={"env_vars": settings}).remote()
+    started = actor.options(scheduling_strategy=here, runtime_env={"env_vars": settings}).remote()
+    ready = started.__ray_ready__.remote()
+    # Its process imports torch first: on a busy machine that takes longer than an answer may.
+    while not ray.wait([ready], timeout=SECONDS_BETWEEN_LOOKS)[0]:
+        cli.INTERRUPTS.check()
+    return started
 
 
 def _failure(fitted: ray.ObjectRef) -> str:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,6 @@ OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
     ast.And: ast.Or,
     ast.Or: ast.And,
 }
-SURVIVED, NO_TESTS = pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,12 @@ def in_a_process(run: Callable[[], int], output: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         status = run()
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -210,7 +214,8 @@ def tested(tree: Path, tests: list[str], marker: str) -> int:
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    return int(pytest.main([*tests, "-x", "-q", "-m", marker, "-p", "no:cacheprovider", "--timeout=1800"]))
+    options = ["-x", "-q", "-m", marker, "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return int(pytest.main([*tests, *options]))
 
 
 def parsed() -> argparse.Namespace:
@@ -255,15 +260,20 @@ def tried(tree: Path, mutant: Mutant, args: argparse.Namespace, number: int) -> 
         status = in_a_process(lambda: tested(tree, tests, args.marker), log)
     finally:
         file.write_bytes(source)
-    said = {SURVIVED: "survived", NO_TESTS: "no tests"}.get(
-        pytest.ExitCode(status) if status in (0, 5) else -1, "killed"
-    )  # type: ignore[call-overload]
-    return f"{said:8} {time.monotonic() - begin:5.0f} s  {mutant}  {_failed(log) if said == 'killed' else ''}"
+    return f"{verdict(status, log):8} {time.monotonic() - begin:5.0f} s  {mutant}  {noticed_by(log)}"
 
 
-def _failed(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[-1].split(" - ")[0] if lines else "(no test could run)"
+def verdict(status: int, log: Path) -> str:
+    """What a status of pytest says of a mutant. A run in which no test failed kills nothing."""
+    if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return "survived" if status == pytest.ExitCode.OK else "no tests"
+    return "killed" if noticed_by(log) else "broken"
+
+
+def noticed_by(log: Path) -> str:
+    """The test that failed, or the file that could not be imported."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[-1].split(" - ")[0] if lines else ""
 
 
 if __name__ == "__main__":
