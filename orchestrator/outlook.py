@@ -28,7 +28,7 @@ Speeds = dict[TrainConfig, Speed]
 
 @dataclass(frozen=True)
 class Remembering:
-    """Measures no speed twice."""
+    """Measures no speed twice. Raises NotMeasured for a network whose training fails."""
 
     meter: Measures
     known: Speeds = field(default_factory=dict)
@@ -36,7 +36,10 @@ class Remembering:
     def speed(self, config: TrainConfig) -> Speed:
         """See Measures."""
         if config not in self.known:
-            self.known[config] = self.meter.speed(config)
+            try:
+                self.known[config] = self.meter.speed(config)
+            except RuntimeError as error:  # whoever trains will record why it cannot be trained
+                raise NotMeasured from error
         return self.known[config]
 
     def bfloat16_ratios(self, config: TrainConfig, *, least: float = 0.0, rounds: int = ROUNDS) -> list[float]:

@@ -32,7 +32,7 @@ class Measures(Protocol):
 
 
 class NotMeasured(Exception):
-    """A cluster had no room for a measurement."""
+    """A cluster had no room for a measurement, or the measured training failed."""
 
 
 ExpectedSeconds = Callable[[Sequence[TrainConfig], Sequence[Speed]], float]
