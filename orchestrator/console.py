@@ -118,7 +118,7 @@ class SearchConsole:
             self._print(f"{'; '.join(told)}  {self._progress()}")
 
     def _steps_line(self, trial_id: str) -> str:
-        """How far a trial's epoch is, if that has been told of the epoch in progress."""
+        """Return how far a trial's epoch in progress is; empty while its worker has not said so."""
         assert self._ledger is not None
         experiment = self._ledger.experiment
         path = experiment.files(trial_id).progress

@@ -46,7 +46,7 @@ class TrialSeconds:
 class Rehearsed:
     """Means over rehearsals of a search without its finalists.
 
-    `work_seconds`: of all trials, whoever trains them. `wall_seconds`: from the first trial's beginning to the end of
+    `work_seconds`: of all trials together. `wall_seconds`: from the first trial's beginning to the end of
     the last one. `ended_after`: when each further trial has ended.
     """
 

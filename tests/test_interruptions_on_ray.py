@@ -105,7 +105,7 @@ class Interrupted:
 
     def _ending(self, number: signal.Signals | None, status: int, printed: str, workers: int, left: int) -> Ending:
         files = modified(self.root)
-        time.sleep(1)  # for whoever would still write
+        time.sleep(1)  # time for a process that still writes
         later = [path for path, at in modified(self.root).items() if files.get(path) != at]
         history = self.experiment.history
         unfinished = [trial.trial_id for trial in history.unfinished]

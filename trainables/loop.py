@@ -87,7 +87,7 @@ class TrainState:
         self.learner.load_state_dict(state)
         self.begun = BegunEpoch(**state.get("begun", {}))
         self.best_weights = state["best_weights"]
-        self.best_select = self.raw_select = None  # not saved: whoever needs them predicts again
+        self.best_select = self.raw_select = None  # not saved: predicted again where they are needed
         self.results = [EpochResult(**result) for result in state["results"]]
 
 
