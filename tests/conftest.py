@@ -17,6 +17,9 @@ from tests.commands import Command
 from trainables.datasets import LabelledImages, SplitImages, load_dataset, split
 from trainables.resident import ResidentImages
 
+# Where a token file exists, Ray's first start in a process switches tokens on there, and not for forked commands.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
 ROOT = Path(__file__).parent.parent
 CLUSTER_CPUS = 2
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
