@@ -9,12 +9,10 @@ demo: .venv/.runtime
 	$(BIN)/python -m orchestrator.search digits --train-fraction 0.25 --num-trials 30 --name $(DEMO)
 	$(BIN)/python -m orchestrator.ensemble --experiment $(DEMO) --top-k 5
 
-# One thread a test process; what Ray starts sets its own number. Ray's tests run one after the other: test hosts change
-# the machine's network, and Ray takes the address of a cluster from it.
+# One thread a test process; what Ray starts sets its own number. Files with Ray tests are the longest and go first.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 test: check
-	$(PYTEST) -m 'not ray and not cluster and not soak' -n auto --maxprocesses 4 --dist loadfile
-	$(PYTEST) -m 'ray and not cluster and not soak'
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes: kills at random moments, and the least that `ray up` has to do.
 soak: .venv/.development
