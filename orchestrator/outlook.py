@@ -38,7 +38,7 @@ class Remembering:
         if config not in self.known:
             try:
                 self.known[config] = self.meter.speed(config)
-            except RuntimeError as error:  # whoever trains will record why it cannot be trained
+            except RuntimeError as error:  # the training itself records why it fails
                 raise NotMeasured from error
         return self.known[config]
 

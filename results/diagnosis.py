@@ -72,11 +72,20 @@ def explained(verdict: str, *, clean_train_accuracy: float, val_accuracy: float)
     most, little = MOST * error, LITTLE * error
     because = {
         "under-regularized": f"{most:.0f} or more: training images are learned by heart",
-        "balanced": f"under-regularized would be {most:.0f} or more, over-regularized less than {little:.0f}",
+        "balanced": _balance(gap, most=most, little=little),
         "over-regularized": f"less than {little:.0f}, and regularization makes training harder",
         "underfit": f"less than {little:.0f}, and regularization is not the reason",
     }
     return f"{verdict}: {gap:.0f} of {error:.0f} points of validation error are generalization gap ({because[verdict]})"
+
+
+def _balance(gap: float, *, most: float, little: float) -> str:
+    """Return why a gap in points is neither too much regularization nor too little."""
+    if gap >= most:
+        return "but the images trained on stay harder than those of validation"
+    if gap < little:
+        return "and training images are fitted"
+    return f"under-regularized would be {most:.0f} or more, over-regularized less than {little:.0f}"
 
 
 def is_regularized(config: Mapping[str, Scalar]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from results.diagnosis import is_regularized, regularization_verdict
+from results.diagnosis import explained, is_regularized, regularization_verdict
 from trainables.config import TrainConfig
 from trainables.datasets import SplitImages, subsample_train
 from trainables.loop import train
@@ -40,6 +40,50 @@ def test_verdicts_of_typical_trainings(
 ) -> None:
     found = regularization_verdict(train_accuracy=train_accuracy, clean_train_accuracy=clean, val_accuracy=val)
     assert found == verdict
+
+
+@pytest.mark.parametrize(
+    ("train_accuracy", "clean", "val", "said"),
+    [
+        # 1 - 0.70 = 30 points of error, 0.95 - 0.70 = 25 of gap, half of 30 is 15.
+        (
+            0.95,
+            0.95,
+            0.70,
+            "under-regularized: 25 of 30 points of validation error are generalization gap (15 or more:",
+        ),
+        # An epoch of speedrun_medium on CIFAR-100: 31.9 points, 13.8 of gap; half is 16.0, a quarter 8.0.
+        (
+            0.7255,
+            0.8184,
+            0.6807,
+            "balanced: 14 of 32 points .* (under-regularized would be 16 or more, over-regularized less than 8)",
+        ),
+        # A gap of 17 of 18 points, and mixed images that are harder than those of validation.
+        (
+            0.60,
+            0.99,
+            0.82,
+            "balanced: 17 of 18 points .* (but the images trained on stay harder than those of validation)",
+        ),
+        # 1 of 5 points: less than a quarter, with plain training images above 95%.
+        (0.96, 0.96, 0.95, "balanced: 1 of 5 points .* (and training images are fitted)"),
+        (
+            0.45,
+            0.65,
+            0.62,
+            "over-regularized: 3 of 38 points .* (less than 10, and regularization makes training harder)",
+        ),
+        (0.63, 0.65, 0.62, "underfit: 3 of 38 points .* (less than 10, and regularization is not the reason)"),
+    ],
+)
+def test_a_verdict_says_what_it_rests_on(train_accuracy: float, clean: float, val: float, said: str) -> None:
+    verdict = regularization_verdict(train_accuracy=train_accuracy, clean_train_accuracy=clean, val_accuracy=val)
+    assert verdict is not None
+    text = explained(verdict, clean_train_accuracy=clean, val_accuracy=val)
+    beginning, _, end = said.partition(" .* ")
+    assert text.startswith(beginning)
+    assert end in text
 
 
 @given(ACCURACY, ACCURACY, ACCURACY)

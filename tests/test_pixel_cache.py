@@ -109,6 +109,18 @@ def test_entries_that_were_not_used_for_longest_make_room(tmp_path: Path, decodi
     assert decoding.times == 4, "1 and 2 are decoded; 1 is used; 3 takes the place of 2; 2 is decoded again"
 
 
+def test_what_killed_processes_left_is_removed_after_a_day(cache: PixelCache, decoding: Decoding) -> None:
+    assert cache.folder is not None
+    left, begun = cache.folder / ".0f.12345678.tmp", cache.folder / ".1e.12345678.tmp"
+    for unfinished in (left, begun):
+        unfinished.mkdir(parents=True)
+    two_days_ago = begun.stat().st_mtime - 2 * 86_400
+    os.utime(left, (two_days_ago, two_days_ago))
+    get(cache, decoding)
+    assert not left.exists()
+    assert begun.exists()
+
+
 def test_what_is_larger_than_the_cache_is_not_kept(tmp_path: Path, decoding: Decoding) -> None:
     get(PixelCache(tmp_path / "cache", most_bytes=100, least_source_bytes=0), decoding)
     assert not list(tmp_path.glob("cache/*"))

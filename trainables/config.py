@@ -48,7 +48,7 @@ class TrainConfig:
     head_lr_factor: float = 1.0
     """How many times the rate the classifier gets; above 1 when the rest has been trained before."""
     norm_bias_lr_factor: float = 1.0
-    """How many times the rate the biases of normalization layers get (Page 2018; Jordan 2024 has 64)."""
+    """How many times the rate the biases of normalization layers get (Page 2019; Jordan 2024 has 64)."""
     schedule: str = "cosine"
     """What follows the warmup: `cosine`, `cosine_restarts`, `one_cycle`, `warmup_stable_decay` or `constant`."""
     warmup_epochs: float = 1.0

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,8 @@ DECODING_VERSION = 1
 DECODERS = ("pillow", "pyarrow", "numpy")
 LEAST_SOURCE_BYTES = 20 * 10**6  # about a second of decoding
 MOST_BYTES = 10 * 10**9
+UNFINISHED_SECONDS = 86_400.0
+"""Age from which an entry that is not finished is what a killed process left."""
 Pixels = npt.NDArray[np.uint8]
 _heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
 
@@ -118,8 +121,11 @@ class PixelCache:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the entries that were not used for longest until so many bytes fit."""
+        """Remove what killed processes left, then the entries unused for longest until so many bytes fit."""
         assert self.folder is not None
+        for path in self.folder.glob(".*.tmp"):
+            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
         entries = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
         for path in sorted(entries, key=lambda path: path.stat().st_mtime_ns):

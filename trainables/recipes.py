@@ -301,7 +301,7 @@ RECIPES: dict[str, Recipe] = {
     "speedrun_large": Recipe(
         config=replace(SPEEDRUN, backbone="speedrun_cnn_large"),
         source=_SPEEDRUN_SOURCE,
-        published="goal: 75% on test in an hour of a core; the figures measured so far are in results/reference",
+        published="goal: 75% on test in an hour of a core; not measured yet",
     ),
 }
 
